@@ -1,0 +1,1121 @@
+"""RenderDiffusion: image diffusion whose denoiser goes through 3D. Unofficial, in one file.
+
+Anciukevicius et al., "RenderDiffusion: Image Diffusion for 3D Reconstruction, Inpainting and
+Generation", CVPR 2023, arXiv 2211.09869. A U-Net turns a noisy picture into three axis-aligned
+feature planes, an MLP reads density and colour from them at any point, and volume rendering from
+the picture's own camera gives the denoised picture. Trained on single pictures with known
+cameras, it generates, reconstructs and inpaints scenes that can be looked at from any side.
+
+    python renderdiffusion.py demo                       # everything, from the shipped weights
+    python renderdiffusion.py train --minutes 30         # from nothing; writes out/clevr1.pt
+    python renderdiffusion.py generate --count 8
+    python renderdiffusion.py reconstruct --image photo.png --t-r 300
+    python renderdiffusion.py inpaint --image photo.png --mask mask.png
+    python renderdiffusion.py evaluate --json
+
+What differs from the paper, or is our choice where it does not say: README.md, "Differences".
+
+Conventions
+    world    right-handed, z up; the scene fills the cube [-1, 1]^3, which the planes cover
+    pose     camera-to-world 4x4, OpenCV axes: x right, y down, z into the scene (data.py)
+    focal    in image widths; principal point in the middle, pixel centres at +0.5
+    images   float32 (B, 3, S, S) in [-1, 1]; composited and compared in [0, 1]
+    t        noising steps, 0 (clean) to T; alpha_bar has T + 1 entries
+    planes   (B, 3, C, N, N) in the order xy, xz, yz
+    depth    distance along the unit ray; where a ray does not end, its exit from the cube
+Shapes
+    B batch, S image side, R rays, K samples a ray, C plane channels, N plane side, P points
+"""
+import argparse
+import copy
+import dataclasses
+import inspect
+import math
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass
+from json import dumps
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+from data import SETS, camera_rays, load, open_picture, orbit, read_image, read_mask, synthetic
+
+
+# ------------------------------------------------------------------------------------------------
+# Configuration
+# ------------------------------------------------------------------------------------------------
+
+@dataclass
+class Config:
+    """Everything a training depends on: `train`'s options, and saved in every checkpoint."""
+    # data
+    data: str = "clevr1"        # built-in set (clevr1, clevr, cars, chairs, planes) or a folder
+    scenes: int = 0             # scenes to train on; 0: fresh ones for ever (built-in sets)
+    views: int = 1              # pictures of a scene (of a fixed number of scenes), each on its own
+    resolution: int = 32        # image side S, a power of two from 16 to 256
+    focal: float = 1.6          # in image widths; training copies it from the set, and these too:
+    background: tuple = (0.5, 0.5, 0.5)     # RGB in [-1, 1] of what lies behind the cube
+    radius: float = 2.7         # the cameras' distance from the middle
+    elevation: tuple = (20.0, 50.0)         # the lowest and the highest camera, in degrees
+    # model
+    plane_size: int = 32        # triplane side N, a power of two, at least 16
+    plane_channels: int = 16    # triplane features C
+    unet_channels: int = 48     # channels at S / 2, a multiple of 16; up to four times as many below
+    mlp_hidden: int = 64        # width of the MLP's two hidden layers
+    samples: int = 16           # stratified samples a ray
+    fine_samples: int = 0       # importance samples a ray, where the first ones saw matter
+    # diffusion
+    timesteps: int = 1000       # T
+    schedule: str = "cosine"    # cosine or linear
+    loss: str = "l1"            # l1 or l2
+    clean: float = 0.1          # share of examples at t = 0, from which reconstruction starts
+    other_side: float = 0.5     # share of examples encoded from another side; 0: the paper's scheme
+    other_side_from: float = 0.4    # from this part of the training on
+    # training
+    batch: int = 16             # images a step and process
+    rays: int = 256             # rays an image
+    steps: int = 10000          # optimiser steps
+    minutes: float = 0.0        # train by the clock instead; 0: by steps
+    lr: float = 1e-3            # Adam's learning rate between warm-up and decay
+    ema: float = 0.999          # decay of the weights' moving average, which is what is used
+    seed: int = 0               # of weights, scenes and noise; 0 or more
+    device: str = "auto"        # auto (cuda, mps or cpu, the first there is) or a torch device
+    out: str = "out"            # folder for the checkpoint and pictures
+    resume: bool = False        # continue from the checkpoint in `out`
+
+    def validate(self):
+        """Returns itself, or raises ValueError: one sentence on the first field that is off."""
+        lowest = dict(scenes=0, views=1, resolution=16, focal=1e-3, background=-1, radius=1e-3,
+                      plane_size=16, plane_channels=1, unet_channels=16, mlp_hidden=1, samples=1,
+                      timesteps=1, batch=1, rays=1, steps=1, lr=1e-9)
+        highest = dict(resolution=256, background=1, elevation=90, plane_size=512, clean=0.99,
+                       other_side=1, other_side_from=1, ema=0.99999)
+        choices = dict(schedule=("cosine", "linear"), loss=("l1", "l2"))
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            low = lowest.get(name, -90 if name == "elevation" else 0)
+            high = highest.get(name, 1e9)
+            kind = (int, float) if isinstance(field.default, float) else type(field.default)
+            numbers = value if isinstance(value, (tuple, list)) else (value,)
+            if not isinstance(value, kind) or len(numbers) != np.size(field.default):
+                raise ValueError(f"{name} must be like {field.default!r}, not {value!r}")
+            if not isinstance(value, str) and not all(low <= n <= high for n in numbers):
+                raise ValueError(f"{name} must be from {low:g} to {high:g}, not {value!r}")
+            if name in ("resolution", "plane_size") and value & (value - 1):
+                raise ValueError(f"{name} must be a power of two, not {value}")
+            if value not in choices.get(name, (value,)):
+                raise ValueError(f"{name} must be one of {', '.join(choices[name])}, not {value!r}")
+        if self.unet_channels % 16:
+            raise ValueError(f"unet_channels must be a multiple of 16, not {self.unet_channels}")
+        return self
+
+
+# ------------------------------------------------------------------------------------------------
+# Noise schedule: q(x_t | x_0) and q(x_s | x_t, x_0)
+# ------------------------------------------------------------------------------------------------
+
+class NoiseSchedule:
+    """How much of the picture is left after t noising steps: alpha_bar (T+1,), from 1 to nearly 0.
+
+    kind "cosine" (Nichol & Dhariwal 2021, eq. 17, offset 0.008) or "linear" (Ho et al. 2020,
+    betas from 1e-4 to 0.02 at T = 1000, scaled by 1000 / T). Raises ValueError for others.
+    """
+
+    def __init__(self, T=1000, kind="cosine"):
+        if T < 1:
+            raise ValueError(f"timesteps must be at least 1, not {T}")
+        if kind == "cosine":
+            f = torch.cos((torch.arange(T + 1).double() / T + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = 1 - f[1:] / f[:-1]
+        elif kind == "linear":
+            betas = torch.linspace(1e-4, 0.02, T).double() * 1000 / T
+        else:
+            raise ValueError(f"schedule must be cosine or linear, not {kind!r}")
+        # The last step must leave a trace of the picture, or the posterior would divide by zero.
+        kept = torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
+        self.T = T
+        self.alpha_bar = torch.cat([torch.ones(1).double(), kept]).float()     # (T+1,)
+
+    def at(self, t, x):
+        """alpha_bar[t] for a number or a (B,) tensor, shaped to multiply x (B, ...)."""
+        t = torch.as_tensor(t, device=x.device).expand(len(x))
+        return self.alpha_bar.to(x.device)[t].view(-1, *[1] * (x.dim() - 1))
+
+    def add_noise(self, x0, t, noise):
+        """A draw of q(x_t | x0) (Ho et al. 2020, eq. 4), given standard normal noise like x0."""
+        alpha_bar = self.at(t, x0)
+        return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+
+    def posterior(self, x0, x_t, t, s, eta=1.0):
+        """Mean and variance of q(x_s | x_t, x0) for any 0 <= s < t <= T (numbers or (B,)).
+
+        eta = 1 is Ho et al. 2020, eq. 7, for steps of any length; eta = 0 is DDIM, which adds no
+        noise (Song et al. 2021, eq. 12 and 16); both in one formula.
+        """
+        ab_t, ab_s = self.at(t, x_t), self.at(s, x_t)
+        variance = eta ** 2 * (1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)
+        eps = (x_t - ab_t.sqrt() * x0) / (1 - ab_t).sqrt()
+        return ab_s.sqrt() * x0 + (1 - ab_s - variance).clamp(min=0).sqrt() * eps, variance
+
+
+# ------------------------------------------------------------------------------------------------
+# U-Net encoder: noisy picture -> planes
+# ------------------------------------------------------------------------------------------------
+
+class Block(nn.Module):
+    """GroupNorm, SiLU, 3x3 convolution, twice, t's embedding scaling and shifting in between; then
+    self-attention over all positions, where there are few. Starts as the identity.
+    """
+
+    def __init__(self, c, c_emb, attention):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, c), nn.Conv2d(c, c, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(8, c), nn.Conv2d(c, c, 3, padding=1)
+        self.emb = nn.Linear(c_emb, 2 * c)
+        nn.init.zeros_(self.conv2.weight)
+        self.attention = attention
+        if attention:
+            self.norm3, self.qkv = nn.GroupNorm(8, c), nn.Conv2d(c, 3 * c, 1)
+            self.out = nn.Conv2d(c, c, 1)
+            nn.init.zeros_(self.out.weight)
+
+    def forward(self, x, emb):
+        B, c, H, W = x.shape
+        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)         # (B, c, 1, 1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        x = x + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        if self.attention:
+            q, k, v = self.qkv(self.norm3(x)).reshape(B, 3, c // 16, 16, H * W).mT.unbind(1)
+            h = F.scaled_dot_product_attention(q, k, v)                        # (B, heads, H*W, 16)
+            x = x + self.out(h.mT.reshape(B, c, H, W))
+        return x
+
+
+class UNet(nn.Module):
+    """The encoder e: x_t (B, 3, S, S), t (B,) -> planes (B, 3C, N, N). It is not told the camera.
+
+    From S / 2 down to 4 x 4, up again to N / 2 with skips, added, and the last doubling without:
+    a plane's texel lies in the world, a pixel before the camera, so there is nothing to copy.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        S, N, base = config.resolution, config.plane_size, config.unet_channels
+
+        def width(side):
+            return base * min(4, max(1, S // 2 // side))
+
+        def block(side):
+            return Block(width(side), 4 * base, attention=side <= 8)
+
+        down = [S // 2 >> i for i in range(int(math.log2(S)) - 2)]             # S/2, ..., 8, 4
+        up = [4 << i for i in range(int(math.log2(N)) - 2)]                    # 4, 8, ..., N/2
+        self.base = base
+        self.embed = nn.Sequential(nn.Linear(base, 4 * base), nn.SiLU(),
+                                   nn.Linear(4 * base, 4 * base))
+        self.stem = nn.Conv2d(3, base, 4, stride=2, padding=1)
+        self.down = nn.ModuleList(block(side) for side in down)
+        self.shrink = nn.ModuleList(nn.Conv2d(width(2 * side), width(side), 3, stride=2, padding=1)
+                                    for side in down[1:])
+        self.middle = block(4)
+        self.up = nn.ModuleList(block(side) for side in up)
+        self.grow = nn.ModuleList(nn.Conv2d(width(side // 2), width(side), 1) for side in up[1:])
+        self.out = nn.Sequential(nn.GroupNorm(8, width(N // 2)), nn.SiLU(), nn.Conv2d(
+            width(N // 2), 3 * config.plane_channels, 3, padding=1))
+
+    def forward(self, x_t, t):
+        frequencies = 1e4 ** -torch.linspace(0, 1, self.base // 2, device=t.device)
+        phase = t[:, None] * frequencies
+        emb = self.embed(torch.cat([phase.sin(), phase.cos()], dim=1))         # (B, 4 base)
+        h, skips = self.stem(x_t), {}                                          # (B, base, S/2, S/2)
+        for i, block in enumerate(self.down):
+            h = skips[h.shape[-1]] = block(self.shrink[i - 1](h) if i else h, emb)
+        h = self.middle(h, emb)                                                # (B, 4 base, 4, 4)
+        for i, block in enumerate(self.up):
+            if i:
+                h = F.interpolate(self.grow[i - 1](h), scale_factor=2)
+            h = block(h + skips.get(h.shape[-1], 0), emb)                      # (B, base, N/2, N/2)
+        return self.out(F.interpolate(h, scale_factor=2))                      # (B, 3C, N, N)
+
+
+# ------------------------------------------------------------------------------------------------
+# Triplanes and MLP: points -> density and colour
+# ------------------------------------------------------------------------------------------------
+
+def sample_triplanes(planes, points):
+    """Features of points (B, P, 3) in [-1, 1]^3 from planes (B, 3, C, N, N) -> (B, P, C).
+
+    Each point is projected on the xy, xz and yz plane, read bilinearly, and the three are summed
+    (Chan et al. 2022, section 3.1). A plane's first axis runs along its columns, and -1 and 1
+    are the centres of its outermost texels.
+    """
+    B, _, C, N, _ = planes.shape
+    grid = points[:, :, [[0, 1], [0, 2], [1, 2]]].transpose(1, 2).reshape(B * 3, -1, 1, 2)
+    features = F.grid_sample(planes.reshape(B * 3, C, N, N), grid, align_corners=True)
+    return features.view(B, 3, C, -1).sum(dim=1).transpose(1, 2)               # (B, P, C)
+
+
+class RadianceMLP(nn.Module):
+    """s(p, P[p]): points (B, P, 3), features (B, P, C) -> density (B, P), colour (B, P, 3).
+
+    Colour is RGB in [0, 1]; density is per world unit, and starts nearly transparent: a
+    volume that starts opaque hides its inside from the gradient, and stays so.
+    """
+
+    def __init__(self, C, hidden):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3 + C, hidden), nn.ReLU(),
+                                    nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 4))
+
+    def forward(self, points, features):
+        out = self.layers(torch.cat([points, features], dim=-1))
+        return 25 * F.softplus(out[..., 0] - 3), torch.sigmoid(out[..., 1:])
+
+
+# ------------------------------------------------------------------------------------------------
+# Ray marching: density and colour -> pixels
+# ------------------------------------------------------------------------------------------------
+
+def ray_interval(origins, directions):
+    """Where rays (B, R, 3) are inside the cube [-1, 1]^3 -> near, far (B, R), at least 0.
+
+    A ray that misses it gets an empty interval at its point closest to the origin.
+    """
+    d = torch.where(directions.abs() < 1e-9, torch.full_like(directions, 1e-9), directions)
+    a, b = (-1 - origins) / d, (1 - origins) / d
+    near = torch.minimum(a, b).amax(-1).clamp(min=0)
+    far = torch.maximum(a, b).amin(-1)
+    closest = -(origins * directions).sum(-1).clamp(max=0)
+    hit = far > near
+    return torch.where(hit, near, closest), torch.where(hit, far, closest)
+
+
+def composite(density, color, deltas, background):
+    """Volume rendering by quadrature (Mildenhall et al. 2020, eq. 3).
+
+    density, deltas (B, R, K), color (B, R, K, 3), background (3,) -> rgb (B, R, 3) and weights
+    (B, R, K), of which what is missing to 1 goes to the background. Colours are in [0, 1].
+    """
+    optical_depth = density * deltas
+    before = torch.cumsum(optical_depth, dim=-1) - optical_depth
+    weights = torch.exp(-before) * -torch.expm1(-optical_depth)                # T_i alpha_i
+    left = 1 - weights.sum(-1, keepdim=True)
+    return (weights[..., None] * color).sum(-2) + left * background, weights
+
+
+def stratified(count, jitter):
+    """The middle of each of `count` equal parts of [0, 1], or by jitter (..., count) anywhere."""
+    return (torch.arange(count, device=jitter.device) + jitter) / count
+
+
+def importance_samples(edges, weights, u):
+    """Distances (B, R, F) drawn from coarse weights (B, R, K) over edges (B, R, K+1).
+
+    u (B, R, F) in [0, 1] goes through the inverse of their distribution. The weights are smoothed
+    and get a floor, so that what the coarse samples just missed is looked at too (Barron et al.
+    2021, eq. 18).
+    """
+    padded = F.pad(weights, (1, 1), mode="replicate")
+    smooth = torch.maximum(padded[..., :-1], padded[..., 1:])
+    pdf = 0.5 * (smooth[..., :-1] + smooth[..., 1:]) + 0.01
+    cdf = F.pad(torch.cumsum(pdf, -1) / pdf.sum(-1, keepdim=True), (1, 0))     # (B, R, K+1)
+    i = torch.searchsorted(cdf, u.contiguous(), right=True).clamp(1, pdf.shape[-1])
+    low, high = cdf.gather(-1, i - 1), cdf.gather(-1, i)
+    a, b = edges.gather(-1, i - 1), edges.gather(-1, i)
+    return a + (b - a) * ((u - low) / (high - low)).clamp(0, 1)
+
+
+def march(field, origins, directions, samples, fine_samples, background, jitter=None):
+    """Render rays (B, R, 3) of a field -> rgb (B, R, 3) in [0, 1], depth, opacity (B, R).
+
+    field: points (B, P, 3) -> density (B, P), colour (B, P, 3). Depth is the expected distance
+    along the ray; what passes through counts as ending where the ray leaves the cube. jitter
+    (B, R, samples + fine_samples) in [0, 1] places samples at random, None in the middle.
+    """
+    near, far = ray_interval(origins, directions)
+    near, far = near[..., None], far[..., None]                                # (B, R, 1)
+    if jitter is None:
+        jitter = torch.full_like(near, 0.5).expand(*near.shape[:2], samples + fine_samples)
+
+    def evaluate(t):                                                           # (B, R, K)
+        points = origins[:, :, None] + t[..., None] * directions[:, :, None]
+        density, color = field(points.flatten(1, 2))
+        return density.view(t.shape), color.view(*t.shape, 3)
+
+    def intervals(t):
+        """Each sample stands for what is nearer to it than to its neighbours."""
+        return torch.cat([near, (t[..., 1:] + t[..., :-1]) / 2, far], dim=-1)  # (B, R, K+1)
+
+    t = near + (far - near) * stratified(samples, jitter[..., :samples])
+    density, color = evaluate(t)
+    if fine_samples:
+        edges = intervals(t)
+        with torch.no_grad():
+            _, weights = composite(density, color, edges.diff(dim=-1), background)
+            u = stratified(fine_samples, jitter[..., samples:])
+            t_fine = importance_samples(edges, weights, u)
+        density_fine, color_fine = evaluate(t_fine)
+        t, order = torch.sort(torch.cat([t, t_fine], dim=-1), dim=-1)
+        density = torch.cat([density, density_fine], dim=-1).gather(-1, order)
+        color = torch.cat([color, color_fine], dim=-2)
+        color = color.gather(-2, order[..., None].expand(*order.shape, 3))
+    rgb, weights = composite(density, color, intervals(t).diff(dim=-1), background)
+    opacity = weights.sum(-1)
+    depth = (weights * t).sum(-1) + (1 - opacity) * far[..., 0]
+    return rgb, depth, opacity
+
+
+# ------------------------------------------------------------------------------------------------
+# The model
+# ------------------------------------------------------------------------------------------------
+
+class RenderDiffusion(nn.Module):
+    """The denoiser g: x_t, t -> planes -> the picture x0_hat that they show from a pose."""
+
+    points_at_once = 2 ** 15        # bounds the memory of a picture; more leave a CPU's cache
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.bf16 = config, False
+        self.schedule = NoiseSchedule(config.timesteps, config.schedule)
+        self.unet = UNet(config).to(memory_format=torch.channels_last)
+        self.mlp = RadianceMLP(config.plane_channels, config.mlp_hidden)
+        background = torch.tensor(config.background) / 2 + 0.5
+        self.register_buffer("background", background, persistent=False)      # (3,) in [0, 1]
+
+    def encode(self, x_t, t):
+        """x_t (B, 3, S, S) in [-1, 1], t a number or (B,) -> planes (B, 3, C, N, N)."""
+        S, N = self.config.resolution, self.config.plane_size
+        if x_t.shape[1:] != (3, S, S):
+            raise ValueError(f"the model takes images (B, 3, {S}, {S}), not {tuple(x_t.shape)}")
+        t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16):
+            planes = self.unet(x_t, t)
+        return planes.float().reshape(len(x_t), 3, -1, N, N)
+
+    def march(self, planes, origins, directions, jitter=None):
+        """Rays (B, R, 3) through planes -> rgb (B, R, 3) in [0, 1], depth, opacity (B, R)."""
+        def field(points):
+            return self.mlp(points, sample_triplanes(planes, points))
+        return march(field, origins, directions, self.config.samples, self.config.fine_samples,
+                     self.background, jitter)
+
+    def render(self, planes, poses, focal=None, resolution=None):
+        """Planes (B, 3, C, N, N) from poses (B, 4, 4) -> rgb (B, 3, S, S) in [-1, 1], depth,
+        opacity (B, S, S). focal, in image widths, and resolution default to the config's.
+        """
+        S = resolution or self.config.resolution
+        origins, directions = camera_rays(poses, focal or self.config.focal, S)
+        points = self.points_at_once * (1 if planes.device.type == "cpu" else 64)
+        rays = points // (len(planes) * self.config.samples) + 1
+        parts = [self.march(planes, o, d)
+                 for o, d in zip(origins.split(rays, 1), directions.split(rays, 1))]
+        rgb, depth, opacity = (torch.cat(part, dim=1) for part in zip(*parts))
+        return (rgb.mT.reshape(-1, 3, S, S) * 2 - 1, depth.view(-1, S, S), opacity.view(-1, S, S))
+
+    def forward(self, x_t, t, poses, pixels=None, jitter=None):
+        """x0_hat (B, 3, S, S), or at the pixel numbers (B, n) alone (B, n, 3), in [-1, 1]."""
+        planes = self.encode(x_t, t)
+        if pixels is None:
+            return self.render(planes, poses)[0]
+        rays = camera_rays(poses, self.config.focal, self.config.resolution)
+        origins, directions = (r.gather(1, pixels[..., None].expand(-1, -1, 3)) for r in rays)
+        return self.march(planes, origins, directions, jitter)[0] * 2 - 1
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------
+
+HELD_OUT = -1                       # the seed of scenes that training, which refuses it, never sees
+
+
+def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1):
+    """One step's loss on images x0 (B, 3, S, S) seen from poses (B, 4, 4), at random t and pixels.
+
+    The paper's scheme: noise the picture, encode it, render it again from its own camera. Later
+    (`other_side_from`) a share of the examples is encoded from another side: what is noised is not
+    the picture but what the averaged model shows of it from another picture's camera; the target
+    stays the real picture from the real camera. So planes must hold where the camera did not look,
+    and the training still sees one view a scene.
+    Each of `world` processes draws the numbers of all and takes its own: together they are one.
+    """
+    config, B, device = ema.config, len(x0), x0.device
+    mine = slice(rank * B, (rank + 1) * B)
+
+    def draw(*shape):
+        return torch.rand(world * B, *shape, device=device)[mine]
+
+    # t: one draw in each of B equal parts; the first ones, a share `clean`, are 0, the rest 1..T
+    u = (torch.randperm(world * B, device=device)[mine] + draw()) / (world * B)
+    noisy = 1 + ((u - config.clean) / (1 - config.clean) * config.timesteps).long()
+    t = torch.where(u < config.clean, 0, noisy.clamp(1, config.timesteps))
+    source, share = x0, config.other_side
+    chosen = [i for i in range(B) if int((i + 1) * share) > int(i * share)]
+    if chosen and progress >= config.other_side_from:
+        with torch.no_grad():
+            other, _, _ = ema.render(ema.encode(x0[chosen], 0), poses.roll(1, dims=0)[chosen])
+        source = x0.clone()
+        source[chosen] = other
+    noise = torch.randn(world * B, *x0.shape[1:], device=device)[mine]
+    x_t = ema.schedule.add_noise(source, t, noise)
+    pixels = draw(x0[0, 0].numel()).argsort(dim=1)[:, :config.rays]            # (B, n)
+    jitter = draw(pixels.shape[1], config.samples + config.fine_samples)
+    x0_hat = model(x_t, t, poses, pixels, jitter)                              # (B, n, 3)
+    target = x0.flatten(2).mT.gather(1, pixels[..., None].expand(-1, -1, 3))
+    return F.l1_loss(x0_hat, target) if config.loss == "l1" else F.mse_loss(x0_hat, target)
+
+
+def training_pictures(config, device, rank, world):
+    """A function from a step to its images and poses, and the config with the set's own fields.
+
+    With `scenes` = 0 no scene comes twice; else the pictures of a fixed set come in random order.
+    """
+    B, S, fresh = config.batch, config.resolution, config.data in SETS and config.scenes == 0
+    views = load(config.data, 1 if fresh else config.scenes or None, config.views, S, config.seed)
+    images, poses = views.images.flatten(0, 1), views.poses.flatten(0, 1)
+
+    def draw(step):
+        if fresh:
+            new = synthetic(config.data, B, 1, S, config.seed, device,
+                            start=(step * world + rank) * B, depth=False)
+            return new.images[:, 0], new.poses[:, 0]
+        chosen = torch.randint(len(images), (world * B,))[rank * B:(rank + 1) * B]
+        return images[chosen].to(device), poses[chosen].to(device)
+
+    height, radius = poses[:, 2, 3], poses[:, :3, 3].norm(dim=-1)
+    elevation = torch.rad2deg(torch.asin(height / radius))
+    return draw, dataclasses.replace(
+        config, focal=views.focal, radius=radius.mean().item(),
+        background=tuple(views.background.tolist()), elevation=SETS[config.data].elevation
+        if config.data in SETS else (elevation.min().item(), elevation.max().item()))
+
+
+def train(config, loss=denoising_loss):
+    """Train from single posed pictures; logs, checkpoints, resumes -> the averaged model.
+
+    Writes OUT/DATA.pt and OUT/DATA_samples.png every two minutes. An earlier OUT/DATA.pt is gone
+    on with under `resume`, else kept as DATA.old.pt. Under torchrun each process has scenes of its
+    own and gradients are averaged. Raises ValueError for what cannot be trained, and
+    FloatingPointError when the loss is no longer finite. `loss` is called as `denoising_loss` is.
+    """
+    config.validate()
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    device = pick_device(config.device)
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    pictures, config = training_pictures(config, device, rank, world)
+    torch.manual_seed(config.seed)
+    model = RenderDiffusion(config).to(device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    model.bf16 = bf16_is_fast(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.9, 0.99))
+    path = Path(config.out) / f"{Path(config.data).name}.pt"
+    step, seconds, losses = 0, 0.0, []
+    if config.resume:
+        state = read_checkpoint(path)
+        if "optimizer" not in state:
+            raise ValueError(f"{path} holds weights alone; train anew, without --resume")
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        step, seconds = state["step"], state["seconds"]
+    elif path.exists() and rank == 0:
+        os.replace(path, path.with_suffix(".old.pt"))
+    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    checked = logged = time.time()
+    start = checked - seconds
+
+    def save():
+        save_checkpoint(path, ema, dict(model=model.state_dict(), rng=torch.get_rng_state(),
+                                        optimizer=optimizer.state_dict(), step=step,
+                                        seconds=seconds))
+
+    try:
+        while True:
+            progress = seconds / 60 / config.minutes if config.minutes else step / config.steps
+            if losses and (progress >= 1 or time.time() - logged > 5):
+                values = torch.stack(losses).tolist()           # the one synchronisation
+                for i, value in enumerate(values, step - len(values)):
+                    if not math.isfinite(value):
+                        raise FloatingPointError(f"the loss is {value} at step {i}: try a lower "
+                                                 f"--lr; what was saved before is in {config.out}")
+                if rank == 0:
+                    speed = len(values) * config.batch * world / (time.time() - logged)
+                    print(f"step {step}  loss {np.mean(values):.4f}  {speed:.0f} images/s  "
+                          f"{seconds / 60:.1f} min, {seconds / 60 * (1 / progress - 1):.1f} left",
+                          flush=True)
+                losses, logged = [], time.time()
+            if rank == 0 and (progress >= 1 or time.time() - checked > 120):
+                save()
+                print(health(ema, path.with_name(path.stem + "_samples.png")), flush=True)
+                checked = logged = time.time()
+            if progress >= 1:
+                break
+            for group in optimizer.param_groups:                # warm-up, constant, decay
+                group["lr"] = config.lr * min(1, (step + 1) / 100, max(0.02, (1 - progress) / 0.4))
+            value = loss(parallel, ema, *pictures(step), progress, rank, world)
+            optimizer.zero_grad()
+            value.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()),
+                                     1 - min(config.ema, (1 + step) / (10 + step)))
+            losses.append(value.detach())
+            step, seconds = step + 1, time.time() - start
+            if world > 1 and config.minutes:                    # one clock, so that all stop at once
+                clock = torch.tensor([seconds], device=device)
+                torch.distributed.broadcast(clock, 0)
+                seconds = clock.item()
+    except KeyboardInterrupt:
+        if rank == 0:
+            save()
+            print("stopped; go on with --resume")
+    if rank == 0:
+        print(f"{step} steps, {seconds / 60:.1f} minutes; wrote {path}")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    return ema
+
+
+def health(model, path):
+    """What the loss does not tell: held-out novel views, samples (written to path), the volume."""
+    config, device, text = model.config, model.background.device, ""
+    if config.data in SETS:
+        scores = evaluate(model, synthetic(config.data, 32, 3, config.resolution, HELD_OUT, device))
+        text = "  held-out PSNR: input view {psnr:.2f} dB, ".format(**scores["input"])
+        text += "novel views {psnr:.2f} dB\n".format(**scores["novel"])
+    images, planes = generate(model, turn_poses(model, 0, 8), steps=10)
+    save_grid(path, {"samples": images})
+    points = torch.rand(8, 4096, 3, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
+    density, _ = model.mlp(points, sample_triplanes(planes, points))
+    filled = (density > 10).float().mean()          # half of the light is gone after 0.07 units
+    if filled < 1e-3 or filled > 0.9:
+        text += (f"  warning: the volume is {'empty' if filled < 0.5 else 'opaque'} everywhere; "
+                 "if it stays so, train anew with a lower --lr\n")
+    return f"{text}  samples: {path}"
+
+
+def pick_device(name):
+    """A torch device; auto is cuda, mps or cpu, the first there is. ValueError for unknown ones."""
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {first_line(error)}") from None
+
+
+def bf16_is_fast(device):
+    """Whether bfloat16 pays for the U-Net: old GPUs and CPUs have it by slow emulation alone."""
+    if device.type == "cpu":                        # torch before 2.6 has neither: `bool()` is False
+        return any(getattr(torch.cpu, f"_is_{name}_supported", bool)()
+                   for name in ("avx512_bf16", "amx_tile"))
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+# ------------------------------------------------------------------------------------------------
+# Sampling
+# ------------------------------------------------------------------------------------------------
+
+def noise_levels(T, steps):
+    """steps + 1 levels, evenly from 0 to T; ValueError where there are fewer than that."""
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps must be from 1 to {T}, not {steps}")
+    return [round(T * i / steps) for i in range(steps + 1)]
+
+
+def standard_normal(like, generator):
+    """Noise of a picture's shape, drawn on the CPU: a seed means the same on every device."""
+    return torch.randn(like.shape, generator=generator).to(like)
+
+
+def denoise_step(model, x_t, poses, t, s, eta, generator):
+    """One step of the reverse process, from level t to s < t -> x_s (B, 3, S, S), planes."""
+    planes = model.encode(x_t, t)
+    x0_hat = model.render(planes, poses)[0].clamp(-1, 1)
+    mean, variance = model.schedule.posterior(x0_hat, x_t, t, s, eta)
+    return mean + variance.sqrt() * standard_normal(x_t, generator), planes    # s = 0: variance 0
+
+
+@torch.no_grad()
+def denoise(model, x_t, poses, levels, eta, generator):
+    """From x_t at the last of the rising `levels` down to their first, 0 -> images, planes."""
+    for t, s in zip(levels[:0:-1], levels[-2::-1]):
+        x_t, planes = denoise_step(model, x_t, poses, t, s, eta, generator)
+    return x_t, planes
+
+
+def generate(model, poses, steps=50, eta=1.0, seed=0):
+    """New scenes: poses (B, 4, 4), through which they are denoised -> images (B, 3, S, S), planes.
+
+    eta = 1 samples as Ho et al. 2020, algorithm 2, in `steps` of the T steps; eta = 0 is DDIM.
+    """
+    S, generator = model.config.resolution, torch.Generator().manual_seed(seed)
+    x_T = standard_normal(poses.new_empty(len(poses), 3, S, S), generator)
+    return denoise(model, x_T, poses, noise_levels(model.config.timesteps, steps), eta, generator)
+
+
+# ------------------------------------------------------------------------------------------------
+# Reconstruction
+# ------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def find_poses(model, images, masks=None):
+    """The cameras (B, 4, 4) that images (B, 3, S, S) were taken with; masks (B, 1, S, S), 1 = known.
+
+    The encoder needs none, so the clean picture's planes are rendered from candidates on the
+    training cameras' sphere, and round the best one on finer and finer grids.
+    """
+    config, device = model.config, images.device
+    low, high = config.elevation
+    known = torch.ones_like(images[:, :1]) if masks is None else masks.to(images)
+    planes = model.encode(known * images + (1 - known) * (model.background * 2 - 1).view(3, 1, 1), 0)
+    best = torch.zeros(2, len(images), device=device)           # azimuth, elevation
+    best[1] = (low + high) / 2
+    for side, width, height, m, n in ((2, 180.0, (high - low) / 2, 30, 4), (1, 9.0, 5.0, 5, 5),
+                                      (1, 3.0, 2.0, 5, 5)):
+        S = config.resolution // side
+        target, weight = F.interpolate(images, (S, S), mode="area"), F.adaptive_avg_pool2d(known, S)
+        middle, lowest = best, torch.full((len(images),), math.inf, device=device)
+        for a in torch.linspace(-width, width, m).tolist():
+            for e in torch.linspace(-height, height, n).tolist():
+                candidate = torch.stack([middle[0] + a, (middle[1] + e).clamp(low, high)])
+                shown, _, _ = model.render(planes, orbit(*candidate, config.radius), resolution=S)
+                error = (weight * (shown - target).square()).mean((1, 2, 3))
+                best = torch.where(error < lowest, candidate, best)
+                lowest = torch.minimum(error, lowest)
+    return orbit(*best, config.radius)
+
+
+@torch.no_grad()
+def reconstruct(model, images, poses=None, t_r=0, steps=None, seed=0):
+    """Images (B, 3, S, S) in [-1, 1] -> planes, which `model.render` shows from anywhere.
+
+    t_r = 0 encodes the picture as it is. With t_r up to T it is noised to level t_r and denoised
+    in `steps` (None: 50 for the whole of T), which moves a picture that is unlike the training
+    set's towards them, and loses what the noise hides. poses (B, 4, 4) serve t_r > 0 alone, and
+    are found where None. Raises ValueError for a t_r outside 0..T.
+    """
+    T = model.config.timesteps
+    if not 0 <= t_r <= T:
+        raise ValueError(f"t_r must be from 0 to {T}, not {t_r}")
+    if t_r == 0:
+        return model.encode(images, 0)
+    poses = find_poses(model, images) if poses is None else poses
+    generator = torch.Generator().manual_seed(seed)
+    x_t = model.schedule.add_noise(images, t_r, standard_normal(images, generator))
+    levels = noise_levels(t_r, steps or min(t_r, max(1, round(50 * t_r / T))))
+    return denoise(model, x_t, poses, levels, 1.0, generator)[1]
+
+
+# ------------------------------------------------------------------------------------------------
+# Inpainting
+# ------------------------------------------------------------------------------------------------
+
+def repaint_schedule(steps, jump_length, jump_n_sample):
+    """RePaint's walk over noise levels (Lugmayr et al. 2022, released code): a list of indices.
+
+    From steps - 1 down to -1 by ones, and after every `jump_length` of them back up again,
+    `jump_n_sample` - 1 times at each place. Index i is the state at level i + 1; -1 is clean.
+    """
+    if min(steps, jump_length, jump_n_sample) < 1:
+        raise ValueError("steps, jump_length and jump_n_sample must be at least 1")
+    jumps = {j: jump_n_sample - 1 for j in range(0, steps - jump_length, jump_length)}
+    indices, t = [], steps
+    while t >= 1:
+        t -= 1
+        indices.append(t)
+        if jumps.get(t, 0) > 0:
+            jumps[t] -= 1
+            indices += range(t + 1, t + jump_length + 1)
+            t += jump_length
+    return indices + [-1]
+
+
+@torch.no_grad()
+def inpaint(model, images, masks, poses=None, steps=50, jump_length=5, jump_n_sample=5, seed=0):
+    """Fill images (B, 3, S, S) where masks (B, 1, S, S) are 0 -> images, planes.
+
+    RePaint (Lugmayr et al. 2022, algorithm 1) as its code has it: before each step down, the known
+    pixels are set to the picture noised to the level of x_t; each jump up noises everything. (The
+    paper's line 5 misprints that noise's factor; it is sqrt(1 - alpha_bar).) Then, beyond RePaint,
+    the known pixels are put into the result as they are, and this picture is encoded once more at
+    t = 0: it shows the known part exactly, and the planes are a reconstruction of it. Poses
+    (B, 4, 4) are found from the known pixels where None. Raises ValueError for unfit masks.
+    """
+    if masks.shape != (len(images), 1, *images.shape[2:]):
+        raise ValueError(f"masks must be {(len(images), 1, *images.shape[2:])} to fit the images, "
+                         f"not {tuple(masks.shape)}")
+    schedule, generator = model.schedule, torch.Generator().manual_seed(seed)
+    known = (masks > 0.5).to(images)
+    poses = find_poses(model, images, known) if poses is None else poses
+    levels = noise_levels(schedule.T, steps)
+    x = standard_normal(images, generator)
+    indices = repaint_schedule(steps, jump_length, jump_n_sample)
+    for i, j in zip(indices, indices[1:]):
+        t, s = levels[i + 1], levels[j + 1]
+        if s < t:
+            noised = schedule.add_noise(images, t, standard_normal(x, generator))
+            x = known * noised + (1 - known) * x
+            x, _ = denoise_step(model, x, poses, t, s, 1.0, generator)
+        else:
+            left = schedule.alpha_bar[s] / schedule.alpha_bar[t]
+            x = left.sqrt() * x + (1 - left).sqrt() * standard_normal(x, generator)
+    x = known * images + (1 - known) * x
+    return x, model.encode(x, 0)
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+# ------------------------------------------------------------------------------------------------
+
+def to_unit(images):
+    """[-1, 1] -> [0, 1], cut off."""
+    return (images / 2 + 0.5).clamp(0, 1)
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB of images (B, 3, S, S) in [0, 1] -> (B,)."""
+    return -10 * (a - b).square().flatten(1).mean(1).clamp(min=1e-10).log10()
+
+
+def ssim(a, b):
+    """Structural similarity of images (B, 3, S, S) in [0, 1] -> (B,), by Wang et al. 2004, eq. 13.
+
+    Gaussian window, sigma 1.5, 11 x 11 pixels, wherever it lies inside the picture.
+    """
+    window = torch.softmax(-(torch.arange(11, device=a.device) - 5.0) ** 2 / 4.5, dim=0)
+
+    def blur(images):
+        return F.conv2d(F.conv2d(images.flatten(0, 1)[:, None], window.view(1, 1, 1, 11)),
+                        window.view(1, 1, 11, 1))                              # (3B, 1, S-10, S-10)
+    mean_a, mean_b = blur(a), blur(b)
+    variances = blur(a * a) - mean_a ** 2 + blur(b * b) - mean_b ** 2
+    covariance = blur(a * b) - mean_a * mean_b
+    similarity = ((2 * mean_a * mean_b + 1e-4) / (mean_a ** 2 + mean_b ** 2 + 1e-4)
+                  * (2 * covariance + 9e-4) / (variances + 9e-4))
+    return similarity.view(len(a), -1).mean(1)
+
+
+@torch.no_grad()
+def evaluate(model, views, t_r=0):
+    """Reconstruct view 0 of each scene, compare with all views -> dict of psnr (dB) and ssim.
+
+    Keys: input (view 0), novel (the others), and for the novel views what needs no 3D at all:
+    baseline_mean_image, baseline_input_copied. ValueError for `Views` of one view a scene.
+    """
+    if views.images.shape[1] < 2:
+        raise ValueError("evaluation needs at least 2 views a scene: the input and a novel one")
+    scores = {}
+    mean_image = to_unit(views.images.flatten(0, 1).mean(0))
+    for some in (views[i:i + 16] for i in range(0, len(views), 16)):
+        planes = reconstruct(model, some.images[:, 0], some.poses[:, 0], t_r)
+        for v, (truth, poses) in enumerate(zip(some.images.unbind(1), some.poses.unbind(1))):
+            shown = model.render(planes, poses, focal=views.focal)[0]
+            guesses = {"input": shown} if v == 0 else {
+                "novel": shown, "baseline_mean_image": (mean_image * 2 - 1).expand_as(truth),
+                "baseline_input_copied": some.images[:, 0]}
+            for key, guess in guesses.items():
+                pair = to_unit(guess), to_unit(truth)
+                scores.setdefault(key, []).append(torch.stack([psnr(*pair), ssim(*pair)]))
+    return {key: dict(zip(("psnr", "ssim"), torch.cat(score, dim=1).mean(1).tolist()))
+            for key, score in scores.items()}
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints
+# ------------------------------------------------------------------------------------------------
+
+VERSION, SHIPPED = 1, Path(__file__).resolve().parent / "checkpoints"
+
+
+def write(path, writer):
+    """Call writer(file) on a temporary file, then rename it to path: never half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            writer(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, model, training=None):
+    """Write the (averaged) model's weights and config, in half precision, to share; or in full,
+    with the dict `training` beside them, to resume."""
+    weights = model.state_dict()
+    if training is None:
+        weights = {name: weight.half() for name, weight in weights.items()}
+    state = {"version": VERSION, "config": dataclasses.asdict(model.config), "ema": weights}
+    write(path, lambda file: torch.save({**state, **(training or {})}, file))
+
+
+def read_checkpoint(path, device="cpu"):
+    """The dict in a checkpoint; ValueError or OSError with one sentence where there is none."""
+    if not Path(path).is_file():
+        names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.pt")))
+        raise FileNotFoundError(f"there is no checkpoint {path}; train one, or name one of: {names}")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        version = state["version"]
+    except Exception as error:                      # torch.load raises a dozen kinds
+        raise ValueError(f"{path} is no checkpoint or is damaged: {first_line(error)}") from None
+    if version != VERSION:
+        raise ValueError(f"{path} has format {version}; this program reads format {VERSION}")
+    return state
+
+
+def load_checkpoint(name_or_path, device="cpu"):
+    """The averaged model in eval mode, with `.config`, from a file or a name in checkpoints/."""
+    shipped = SHIPPED / f"{name_or_path}.pt"
+    path = shipped if shipped.is_file() else Path(name_or_path)
+    state = read_checkpoint(path, device)
+    try:
+        model = RenderDiffusion(Config(**state["config"]).validate())
+        model.load_state_dict(state["ema"])
+    except Exception as error:                      # foreign fields, other sizes
+        raise ValueError(f"{path} does not fit this program: {first_line(error)}") from None
+    return model.to(device).eval().requires_grad_(False)
+
+
+def first_line(error):
+    return str(error).strip().split("\n")[0][:300]
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures
+# ------------------------------------------------------------------------------------------------
+
+def to_bytes(images):
+    """(B, 3, S, S) in [-1, 1] -> (B, S, S, 3) numpy uint8."""
+    return (to_unit(images) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def depth_colors(depth):
+    """Depth (B, S, S) as colours (B, 3, S, S) in [-1, 1], each picture's nearest blue, farthest red."""
+    near, far = depth.amin((1, 2), keepdim=True), depth.amax((1, 2), keepdim=True)
+    unit = (depth - near) / (far - near).clamp(min=1e-6)
+    colors = matplotlib.colormaps["jet"](unit.cpu().numpy())[..., :3]
+    return torch.tensor(colors).permute(0, 3, 1, 2).float() * 2 - 1
+
+
+def turn_poses(model, azimuth, count):
+    """`count` poses (count, 4, 4) round the scene from `azimuth` on, at the middle elevation."""
+    azimuths = azimuth + torch.arange(count, device=model.background.device) * 360 / count
+    return orbit(azimuths, sum(model.config.elevation) / 2, model.config.radius)
+
+
+def render_all(model, planes, pose):
+    """What all planes (B, ...) show from one pose (4, 4): (B, 3, S, S)."""
+    return model.render(planes, pose.expand(len(planes), 4, 4))[0]
+
+
+def save_grid(path, rows):
+    """Write a PNG: rows is a dict from a label to images (B, 3, S, S), a column a scene."""
+    width = len(next(iter(rows.values())))
+    figure = Figure(figsize=(1.4 + width, len(rows)), dpi=128, layout="constrained")
+    axes = figure.subplots(len(rows), width, squeeze=False)
+    for line, (label, images) in zip(axes, rows.items()):
+        for axis, image in zip(line, to_bytes(images)):
+            axis.imshow(image)
+            axis.set(xticks=[], yticks=[], frame_on=False)
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center")
+    write(path, lambda file: figure.savefig(file, format="png"))
+
+
+def save_turntable(path, model, planes, frames=24):
+    """Write a GIF of all planes (B, ...) side by side, turning once round."""
+    pictures, zoom = [], max(1, 128 // model.config.resolution)
+    for pose in turn_poses(model, 0, frames):
+        strip = np.concatenate(list(to_bytes(render_all(model, planes, pose))), axis=1)
+        pictures.append(Image.fromarray(strip.repeat(zoom, 0).repeat(zoom, 1)))
+    write(path, lambda file: pictures[0].save(file, format="GIF", save_all=True, loop=0,
+                                              duration=80, append_images=pictures[1:]))
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------
+
+def finish(rows, model, planes, out, name):
+    """Write OUT/NAME.png from rows and OUT/NAME.gif from planes (B, ...), and name them."""
+    png, gif = Path(out) / f"{name}.png", Path(out) / f"{name}.gif"
+    save_grid(png, rows)
+    save_turntable(gif, model, planes)
+    print(f"wrote {png} and {gif}")
+
+
+def around(model, planes, poses, views, mark=""):
+    """Rows for `finish`: depth from poses (B, 4, 4), then views from all sides."""
+    rows = {f"depth{mark}": depth_colors(model.render(planes, poses)[1])}
+    return rows | {f"view {v + 1}{mark}": render_all(model, planes, pose)
+                   for v, pose in enumerate(turn_poses(model, 45, views))}
+
+
+def input_pictures(model, image, azimuth, elevation, seed):
+    """The picture file and its camera, if it is given, or scenes that training never saw -> images
+    (B, 3, S, S), poses (B, 4, 4) or None, and the scenes as `Views` of five or None."""
+    config, device = model.config, model.background.device
+    if image is None:
+        views = load(config.data, 8, 5, config.resolution, HELD_OUT - seed, device)
+        return views.images[:, 0], views.poses[:, 0], views
+    if (azimuth is None) != (elevation is None):
+        raise ValueError("a camera needs both --azimuth and --elevation, or leave both away")
+    images = read_image(image, config.resolution, config.background)[None].to(device)
+    return images, None if azimuth is None else orbit(
+        torch.tensor([azimuth], device=device), elevation, config.radius), None
+
+
+def run_generate(model, out, seed, count=8, steps=50, eta=1.0, name="generate"):
+    """New scenes, each seen from four more sides."""
+    poses = turn_poses(model, 0, count)
+    images, planes = generate(model, poses, steps, eta, seed)
+    finish({"generated": images} | around(model, planes, poses, 4), model, planes, out, name)
+
+
+def run_reconstruct(model, out, seed, image=None, t_r=(0,), steps=None, azimuth=None,
+                    elevation=None, name="reconstruct"):
+    """3D from one picture, seen from its own camera and from others; beside the truth if known."""
+    images, poses, truth = input_pictures(model, image, azimuth, elevation, seed)
+    poses = find_poses(model, images) if poses is None else poses
+    others = (turn_poses(model, 45, 4).expand(len(images), 4, 4, 4) if truth is None
+              else truth.poses[:, 1:])                                         # (B, 4, 4, 4)
+    rows, views = {"input": images}, {}
+    for level in t_r:
+        planes = reconstruct(model, images, poses, level, steps, seed)
+        rgb, depth, _ = model.render(planes, poses)
+        rows |= {f"t_r = {level}": rgb, f"depth, t_r = {level}": depth_colors(depth)}
+        views[level] = torch.stack([model.render(planes, p)[0] for p in others.unbind(1)], 1)
+        print(f"t_r = {level}: PSNR {psnr(to_unit(rgb), to_unit(images)).mean():.2f} dB input view",
+              "" if truth is None else ", {:.2f} dB novel views".format(psnr(to_unit(
+                  views[level].flatten(0, 1)), to_unit(truth.images[:, 1:].flatten(0, 1))).mean()))
+    for v in range(4 if len(t_r) == 1 else 2):
+        rows |= {} if truth is None else {f"view {v + 1}, truth": truth.images[:, v + 1]}
+        rows |= {f"view {v + 1}, t_r = {level}": views[level][:, v] for level in t_r}
+    finish(rows, model, planes, out, name)
+
+
+def run_inpaint(model, out, seed, image=None, mask=None, steps=50, azimuth=None, elevation=None,
+                fillings=1, name="inpaint"):
+    """Fill the masked part of a picture, and look at the result from other sides."""
+    images, poses, _ = input_pictures(model, image, azimuth, elevation, seed)
+    S = images.shape[-1]
+    masks = torch.ones_like(images[:, :1])
+    if mask is None:                                # a square of 40 % of the side, in the middle
+        masks[:, :, round(0.3 * S):round(0.7 * S), round(0.3 * S):round(0.7 * S)] = 0
+    else:
+        masks[:] = read_mask(mask, S, image and open_picture(image).size)
+    poses = find_poses(model, images, masks) if poses is None else poses
+    rows = {"input": images, "masked": images * masks + masks - 1}
+    for k in range(fillings):
+        filled, planes = inpaint(model, images, masks, poses, steps, seed=seed + k)
+        mark = f", filling {k + 1}" if fillings > 1 else ""
+        rows |= {f"result{mark}": filled}
+        rows |= around(model, planes, poses, 4 if fillings == 1 else 2, mark)
+    finish(rows, model, planes, out, name)
+
+
+def run_demo(model, out, seed):
+    """All from the shipped weights: generation, reconstruction at three t_r, two inpaintings."""
+    run_generate(model, out, seed, steps=20, name="demo_generate")
+    run_reconstruct(model, out, seed, t_r=(0, 200, 500), name="demo_reconstruct")
+    run_inpaint(model, out, seed, steps=20, fillings=2, name="demo_inpaint")
+
+
+def run_evaluate(model, out, seed, data=None, scenes=64, views=5, t_r=0, json=False):
+    """PSNR and SSIM of reconstructions of held-out scenes, beside what needs no 3D."""
+    held_out = load(data or model.config.data, scenes, views, model.config.resolution,
+                    HELD_OUT - seed, model.background.device)
+    scores = evaluate(model, held_out, t_r)
+    print(dumps(scores) if json else "\n".join(
+        f"{key:22s} {score['psnr']:6.2f} dB PSNR  {score['ssim']:.3f} SSIM"
+        for key, score in scores.items()))
+
+
+def run_train(**fields):
+    """Train a model from single posed pictures."""
+    train(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}))
+
+
+COMMANDS = {"demo": run_demo, "train": run_train, "generate": run_generate,
+            "reconstruct": run_reconstruct, "inpaint": run_inpaint, "evaluate": run_evaluate}
+HELP = {    # an option, its type where the default does not tell, what it is
+    "checkpoint": (str, "a file, or a name in checkpoints/"),
+    "out": (str, "folder for what is written"),
+    "seed": (int, "of noise and of scenes; the same gives the same picture"),
+    "device": (str, "auto (cuda, mps or cpu, the first there is) or a torch device"),
+    "count": (int, "how many scenes"),
+    "steps": (int, "network calls, evenly over the noise levels; None: 50 for all T"),
+    "eta": (float, "1: noise anew at each step (ancestral), 0: none (DDIM)"),
+    "image": (str, "picture file; None: scenes that training never saw"),
+    "mask": (str, "mask file, white = keep; None: a square in the middle is filled"),
+    "fillings": (int, "in how many ways to fill it"),
+    "t_r": (int, "noise level to reconstruct from, 0 to T"),
+    "azimuth": (float, "the picture's camera in degrees; None: it is found"),
+    "elevation": (float, "the picture's camera in degrees; None: it is found"),
+    "data": (str, "built-in set or folder; None: the model's own"),
+    "scenes": (int, "how many scenes"),
+    "views": (int, "views a scene: the input and novel ones"),
+    "json": (bool, "print one JSON object"),
+}
+
+
+def parse(argv):
+    """The command line as (command, its arguments); exits with 2 on bad ones, saying why.
+
+    A command's options are its function's parameters; `train`'s are the fields of `Config`.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.
+                                     RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
+    for name, run in COMMANDS.items():
+        sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+        if name == "train":
+            options = {f.name: (f.default, type(f.default), comments[f.name])
+                       for f in dataclasses.fields(Config)}
+        else:
+            defaults = {k: p.default for k, p in inspect.signature(run).parameters.items()}
+            defaults |= dict(checkpoint="clevr1", out="out", seed=0, device="auto")
+            options = {k: (v, *HELP[k]) for k, v in defaults.items() if k in HELP}
+        for key, (default, kind, text) in options.items():
+            how = (dict(action="store_true") if kind is bool else
+                   dict(type=float if kind is tuple else kind,
+                        nargs="+" if isinstance(default, tuple) else None))
+            sub.add_argument("--" + key.replace("_", "-"), default=default, **how,
+                             help=f"{text} (default {default})".replace("%", "%%"))
+    args = vars(parser.parse_args(argv))
+    return args.pop("command"), args
+
+
+def main(argv=None):
+    """Run one command; what the user can mend is said in one sentence, with exit code 2."""
+    command, args = parse(argv)
+    try:
+        if command != "train":
+            args["model"] = load_checkpoint(args.pop("checkpoint"), pick_device(args.pop("device")))
+        COMMANDS[command](**args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {first_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
