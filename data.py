@@ -2,6 +2,7 @@
 
     views = synthetic("clevr1", scenes=8, views=4)      # images, poses, focal, background, depth
     origins, directions = camera_rays(views.poses[:, 0], views.focal, 32)
+    views = load("data/cars_train", scenes=200)         # ShapeNet-SRN, NMR, CLEVR, your own
 
 world   right-handed, z up; a scene and its shadows are inside the cube [-1, 1]^3
 pose    camera-to-world 4x4, OpenCV axes: x right, y down, z into the scene
@@ -10,14 +11,26 @@ images  float32 in [-1, 1]
 depth   distance along the unit ray through the pixel's centre to the first hit, inf in the sky
 shapes  B images, N scenes, V views, S image side, R = S^2 rays, P primitives, M, H some of them
 """
+import json
 import math
+import re
+import sys
+import time
+from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import chain, islice
+from pathlib import Path
+from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.nn.utils.rnn import pad_sequence
 
 
 # ------------------------------------------------------------------------------------------------
@@ -280,8 +293,9 @@ class Draw:
     So scene i of a seed is the same whatever the batch, the order or the device.
     """
 
-    def __init__(self, seed, scene, stream=0):
+    def __init__(self, seed, scene, stream=0, turn=1.0):
         self.key, self.count = mix(mix(mix(seed) ^ stream) ^ mix(scene)), 0
+        self.turn = turn
 
     def __call__(self, low=0.0, high=1.0):
         """(N,) floats in [low, high)."""
@@ -348,7 +362,8 @@ CLEVR_COLORS = [[c / 255 for c in color] for color in (
 
 def clevr_object(parts, draw, x, y, r, ground, present=True):
     """One of CLEVR's objects of size r (N,): any shape, colour, material and turn about z."""
-    kind, color, metal, turn = draw.pick(3), draw.row(CLEVR_COLORS), draw.pick(2), draw(0, 6.2832)
+    kind, color, metal = draw.pick(3), draw.row(CLEVR_COLORS), draw.pick(2)
+    turn = draw(-math.pi, math.pi) * draw.turn
     half = torch.where(kind == BOX, r / math.sqrt(2), r)
     parts.add(kind, (x, y, ground + half), (half, half, half), color, present, 0.35 * metal,
               x=(turn.cos(), turn.sin(), 0), y=(-turn.sin(), turn.cos(), 0))
@@ -554,21 +569,22 @@ def random_poses(name, scenes, views=1, seed=0, start=0, device="cpu"):
     return torch.stack([orbit(d(0, 360), d(*about.elevation), about.radius) for d in draws], 1)
 
 
-def random_scenes(name, scenes, seed=0, start=0, device="cpu"):
-    """`Scenes` start..start+N-1 of a built-in set."""
+def random_scenes(name, scenes, seed=0, start=0, device="cpu", turn=1.0):
+    """`Scenes` start..start+N-1 of a built-in set; `turn` as in `synthetic`."""
     about = built_in(name)
-    draw = Draw(seed, torch.arange(start, start + scenes, device=device))
+    draw = Draw(seed, torch.arange(start, start + scenes, device=device), turn=turn)
     parts = Parts(draw.key.float())
     about.build(parts, draw, about.ground)
     return parts.scenes(about.ground, about.background)
 
 
 def synthetic(name, scenes, views=1, resolution=64, seed=0, device="cpu", start=0, samples=2,
-              depth=True):
+              depth=True, turn=1.0):
     """`Views` of scenes start..start+scenes-1 of a built-in set, from random cameras.
 
     Scene i and its view v are the same whatever else is asked for. samples: anti-aliasing by
     samples x samples rays a pixel. Without `depth`, which takes time, `Views.depth` is None.
+    turn: the share of a half turn, either way, that CLEVR's objects are turned by at most.
     """
     about = built_in(name)
     counts = dict(scenes=scenes, views=views, resolution=resolution, samples=samples)
@@ -576,8 +592,8 @@ def synthetic(name, scenes, views=1, resolution=64, seed=0, device="cpu", start=
         if not (value >= 1 and value % 1 == 0):                         # NaN and inf too
             raise ValueError(f"{what} must be a whole number, at least 1, and not {value}")
     poses = random_poses(name, scenes, views, seed, start, device)
-    images, depths = trace(random_scenes(name, scenes, seed, start, device), poses, about.focal,
-                           resolution, samples, depth)
+    images, depths = trace(random_scenes(name, scenes, seed, start, device, turn), poses,
+                           about.focal, resolution, samples, depth)
     background = torch.tensor(about.background, device=device) * 2 - 1
     return Views(images, poses, about.focal, background, name, depth=depths)
 
@@ -587,7 +603,7 @@ def synthetic(name, scenes, views=1, resolution=64, seed=0, device="cpu", start=
 # ------------------------------------------------------------------------------------------------
 
 def open_picture(path):
-    """The picture in a file as a PIL image, turned as its EXIF says; ValueError if there is none."""
+    """The picture in a file as a PIL image, turned as its EXIF says; ValueError if it is none."""
     try:
         image = Image.open(path)
         image.load()
@@ -601,20 +617,35 @@ def open_picture(path):
     return image
 
 
+def flatten(path, background=(1.0, 1.0, 1.0), mask=None):
+    """A picture file as RGB; its alpha, or a mask's file, lays it on `background` (in [-1, 1])."""
+    image = open_picture(path).convert("RGBA")
+    if mask is not None:
+        alpha = open_picture(mask).convert("L")
+        if alpha.size != image.size:
+            raise ValueError(f"{mask} and its picture {path} differ in size")
+        image.putalpha(alpha)
+    canvas = Image.new("RGBA", image.size, tuple(round((b + 1) * 127.5) for b in background))
+    canvas.alpha_composite(image)
+    return canvas.convert("RGB")
+
+
+def to_tensor(image):
+    """An RGB picture as (3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
 def read_image(path, resolution, background=(1.0, 1.0, 1.0), fit="crop"):
     """A picture file of any size -> (3, S, S) in [-1, 1].
 
     Alpha is composited on `background` (RGB in [-1, 1]); the picture is cropped to its middle
     square, or padded to a square with fit="pad", and resized with anti-aliasing.
     """
-    image = open_picture(path).convert("RGBA")
-    color = tuple(round((b + 1) * 127.5) for b in background)
-    canvas = Image.new("RGBA", image.size, color + (255,))
-    canvas.alpha_composite(image)
-    method = ImageOps.pad if fit == "pad" else ImageOps.fit
-    square = method(canvas.convert("RGB"), (resolution, resolution), Image.Resampling.LANCZOS,
-                    **({"color": color} if fit == "pad" else {}))
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
+    method, more = ImageOps.fit, {}
+    if fit == "pad":
+        method, more = ImageOps.pad, {"color": tuple(round((b + 1) * 127.5) for b in background)}
+    return to_tensor(method(flatten(path, background), (resolution, resolution),
+                            Image.Resampling.LANCZOS, **more))
 
 
 def read_mask(path, resolution, size=None, fit="crop"):
@@ -635,9 +666,400 @@ def read_mask(path, resolution, size=None, fit="crop"):
 # Real data
 # ------------------------------------------------------------------------------------------------
 
+SHAPENET_SCALE = 0.5        # how far objects reach from the origin, in the units of the files
+CLEVR_SCALE = 4.2           # for CLEVR, its objects and the shadows that our tracer gives them
+CLEVR_CAMERA = 7.48113, -6.50764, 5.34367           # the generator's, before its jitter
+CLEVR_LENS = 525, 525, 240, 160, 480, 320
+CLEVR_SHAPES = {"sphere": SPHERE, "cube": BOX, "cylinder": CYLINDER}
+CLEVR_NAMES = ["gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow"]
+
+
+class Shot(NamedTuple):
+    """A picture's file and the camera that took it."""
+    picture: Path
+    pose: object            # camera-to-world in OpenCV axes: an array, or the text file of one
+    lens: tuple             # fx, fy, cx, cy, width, height, in pixels of any size
+    mask: Path | None = None
+
+
+def splits(seed):
+    """A dataset's splits in the order that a seed prefers; seeds below 0 mean held-out ones."""
+    return ("train", "val", "test") if seed >= 0 else ("test", "val", "train")
+
+
+def split_folder(path, seed):
+    """The folder `*train`, `*val` or `*test` in `path`, by the seed; without any, `path` itself."""
+    for split in splits(seed):
+        found = sorted(f for f in path.glob(f"*{split}") if f.is_dir())
+        if len(found) > 1:
+            raise ValueError(f"{path} has {found[0].name} and {found[1].name}: name one of them")
+        if found:
+            return split_folder(found[0], seed)                 # SRN's chairs are nested
+    return path
+
+
+def scene_folders(root, mark, scenes):
+    """`root`, or the first folders in it, that hold a file like `mark`; scenes None = all."""
+    folders = [root] if next(root.glob(mark), None) else sorted(root.glob("*"))
+    return list(islice((f for f in folders if f.is_dir() and next(f.glob(mark), None)), scenes))
+
+
+def read_numbers(path, count):
+    """The first numbers of a text file (count,)."""
+    try:
+        return np.array(path.read_text().split()[:count], dtype=float).reshape(count)
+    except ValueError:
+        raise ValueError(f"{path} should hold {count} numbers") from None
+
+
+def named(path, function, *arguments):
+    """function(*arguments), whose errors about what is in a file get the file's name."""
+    try:
+        return function(*arguments)
+    except OSError:                                             # has it already
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is not as expected: {type(error).__name__}, {error}") from None
+
+
+def rigid(shot):
+    """The pose (4, 4) of a shot; ValueError if it is not a rotation and a position."""
+    pose = read_numbers(shot.pose, 16) if isinstance(shot.pose, Path) else shot.pose
+    pose = np.concatenate([np.reshape(pose, (-1, 4))[:3], [[0, 0, 0, 1]]]).astype(float)
+    R = pose[:3, :3]
+    if not (np.abs(R.T @ R - np.eye(3)).max() < 1e-3 and np.linalg.det(R) > 0
+            and np.isfinite(pose).all()):
+        raise ValueError(f"the pose of {shot.picture} is not a rotation and a position")
+    return pose
+
+
+def half_view(shots):
+    """Half the side of the largest square around the principal point, at depth 1 (n,)."""
+    fx, fy, cx, cy, w, h = np.array([shot.lens for shot in shots], dtype=float).T
+    half = np.minimum(np.minimum(cx, w - cx) / fx, np.minimum(cy, h - cy) / fy)
+    if not half.min() > 0:
+        raise ValueError(f"{shots[half.argmin()].picture}: no crop has the principal point in the "
+                         "middle, for it is outside")
+    return half
+
+
+def progress(items, total, what):
+    """The same items; if they take long, stderr is told how many have come."""
+    said = time.monotonic()
+    for count, item in enumerate(items, 1):
+        if time.monotonic() > said + 2:
+            said = time.monotonic()
+            print(f"{what}: {count:,} of {total:,}", file=sys.stderr)
+        yield item
+
+
+def parallel(job, items, what):
+    """[job(item) for item in items], by threads."""
+    with ThreadPoolExecutor() as pool:
+        return list(progress(pool.map(job, items), len(items), what))
+
+
+def read_views(path, found, shots_of, scale, asked, background=(1.0, 1.0, 1.0)):
+    """`Views` of the first scenes of the list `found`; shots_of(scene) lists the `Shot`s of one.
+
+    asked: scenes, views, resolution, seed, device. Some views of many are evenly spread, from a
+    start that differs by scene: NMR's scenes share their cameras, and one view of each would show
+    one side of all. The crop is the square around the principal point that all pictures have room
+    for, so the set has one focal; pixels that are not square become so.
+    """
+    scenes, views, S, seed, device = asked
+    found = found[:scenes]
+    if not found:
+        raise FileNotFoundError(f"there are no scenes in {path}")
+    V = min(len(named(found[0], shots_of, found[0])), views or math.inf)
+    if not V:
+        raise FileNotFoundError(f"there are no pictures in {found[0]}")
+    if len(found) < (scenes or 0) or V < (views or 0):
+        print(f"{path}: {len(found)} scenes of {V} views are all there are", file=sys.stderr)
+
+    def choose(i):
+        shots = named(found[i], shots_of, found[i])
+        if len(shots) < V:
+            raise ValueError(f"{found[i]} has {len(shots)} views, and other scenes {V}")
+        start = mix(mix(seed) ^ i) if V < len(shots) else 0
+        return [shots[(start + k * len(shots) // V) % len(shots)] for k in range(V)]
+    shots = list(chain(*parallel(choose, range(len(found)), "cameras")))
+    half = half_view(shots).min()
+    images, poses = torch.empty(len(shots), 3, S, S), torch.empty(len(shots), 4, 4)
+
+    def read(k):
+        poses[k] = torch.from_numpy(rigid(shots[k]))
+        fx, fy, cx, cy, w, h = shots[k].lens
+        image = flatten(shots[k].picture, background, shots[k].mask)
+        if abs(image.width * h / (image.height * w) - 1) > 0.02:
+            raise ValueError(f"{shots[k].picture} is {image.width} x {image.height} pixels, which "
+                             f"does not fit its camera's {w:g} x {h:g}")
+        x, y, half_w, half_h = cx / w, cy / h, half * fx / w, half * fy / h
+        box = np.clip([x - half_w, y - half_h, x + half_w, y + half_h], 0, 1) * (image.size * 2)
+        images[k] = to_tensor(image.resize((S, S), Image.Resampling.LANCZOS, tuple(box)))
+    parallel(read, range(len(shots)), "pictures")
+    poses[:, :3, 3] /= scale
+    return Views(images.view(-1, V, 3, S, S).to(device), poses.view(-1, V, 4, 4).to(device),
+                 float(0.5 / half), torch.tensor(background, device=device), path.name, scale)
+
+
+def load_srn(path, scenes=None, views=None, resolution=64, seed=0, device="cpu"):
+    """`Views` of ShapeNet-SRN's cars or chairs [Sitzmann et al. 2019], on white.
+
+    path: a folder of `<id>/{intrinsics.txt, rgb/*.png, pose/*.txt}`, or of folders `*_train`,
+    `*_val`, `*_test` of such: `splits` says which a seed reads, here and in the other formats.
+    """
+    def shots_of(scene):
+        f, cx, cy, h, w = read_numbers(scene / "intrinsics.txt", 10)[[0, 1, 2, 8, 9]]
+        if cx >= w:                     # an older archive states f, cx and cy for 512 pixels
+            w, h = 2 * cx, 2 * cy
+        pictures, poses = sorted(scene.glob("rgb/*.png")), sorted(scene.glob("pose/*.txt"))
+        if [f.stem for f in pictures] != [f.stem for f in poses]:
+            raise ValueError(f"{len(pictures)} pictures and {len(poses)} poses do not match")
+        return [Shot(*both, (f, f, cx, cy, w, h)) for both in zip(pictures, poses)]
+    root = split_folder(Path(path), seed)
+    return read_views(root, scene_folders(root, "rgb", scenes), shots_of, SHAPENET_SCALE,
+                      (scenes, views, resolution, seed, device))
+
+
+def load_nmr(path, scenes=None, views=None, resolution=64, seed=0, device="cpu"):
+    """`Views` of ShapeNet in NMR's renderings [Kato et al. 2018; Niemeyer et al. 2020], on white.
+
+    path: a class's folder, of `softras_{train,val,test}.lst` and `<id>/{image/*.png, mask/*.png,
+    cameras.npz}`, or the folder of all classes. Scenes that a list names may be missing.
+    """
+    def shots_of(scene):
+        shots, y_to_z_up = [], np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]])
+        with np.load(scene / "cameras.npz") as file:
+            for i, picture in enumerate(sorted(scene.glob("image/*.png"))):
+                pose = (file[key] if (key := f"world_mat_inv_{i}") in file else
+                        np.linalg.inv([*file[f"world_mat_{i}"][:3], [0, 0, 0, 1]]))
+                K = file[f"camera_mat_{i}"]                             # for pixels from -1 to 1
+                shots.append(Shot(picture, y_to_z_up @ pose[:3],
+                                  (K[0, 0], K[1, 1], K[0, 2] + 1, K[1, 2] + 1, 2, 2),
+                                  f if (f := scene / "mask" / picture.name).is_file() else None))
+        return shots
+    root, found = Path(path), []
+    for split in splits(seed):
+        lists = sorted(root.glob(f"*/softras_{split}.lst")) or [root / f"softras_{split}.lst"]
+        for file in filter(Path.is_file, lists):
+            found += [f for name in file.read_text().split() if (f := file.parent / name).is_dir()]
+        if found:
+            break
+    return read_views(root, found or scene_folders(root, "cameras.npz", scenes), shots_of,
+                      SHAPENET_SCALE, (scenes, views, resolution, seed, device))
+
+
+def load_clevr567(path, scenes=None, views=None, resolution=64, seed=0, device="cpu"):
+    """`Views` of CLEVR-567 [Yu et al. 2022], a flat folder of `*sc%04d*.png` and `*_RT.txt`.
+
+    Its square pictures are squeezed from 4:3; the middle square of what they were is read.
+    """
+    root, found = split_folder(Path(path), seed), defaultdict(list)
+    for pose in sorted(root.glob("*sc[0-9]*_RT.txt")):          # other pictures are masks
+        picture = pose.with_name(pose.name.replace("_RT.txt", ".png"))
+        found[re.search(r"sc\d+", pose.name)[0]].append(
+            Shot(picture, pose, (350 / 320, 350 / 240, 0.5, 0.5, 1, 1)))
+    return read_views(root, list(found), found.get, CLEVR_SCALE,
+                      (scenes, views, resolution, seed, device))
+
+
+def load_folder(path, scenes=None, views=None, resolution=64, seed=0, device="cpu", scale=None,
+                background=(1.0, 1.0, 1.0)):
+    """`Views` of your own pictures, by NeRF's `transforms.json` or `transforms_{train,test}.json`.
+
+    path: that file, its folder, or a folder of such folders, each a scene. Keys: `frames`, of
+    `file_path` and `transform_matrix` (camera-to-world, OpenGL axes), and `camera_angle_x`
+    (radians) or `fl_x` (pixels), maybe `fl_y`, `cx`, `cy`, `w`, `h`, for all or by frame.
+    scale: world units a cube unit; None makes the cube as wide as the pictures of the first
+    training scene, at the origin. Alpha is composited on `background`, in [-1, 1].
+    """
+    def files(seed):
+        root = Path(path)
+        if root.is_file():
+            return [root]
+        if not next(root.glob("transforms*.json"), None):
+            root = split_folder(root, seed)
+        return [next(f for s in (*splits(seed), "") for f in folder.glob(f"transforms*{s}.json"))
+                for folder in scene_folders(root, "transforms*.json", scenes)]
+
+    @cache
+    def shots_of(file):
+        about, shots = json.loads(file.read_text()), []
+        for frame in about["frames"]:
+            key = {**about, **frame}
+            name = file.parent / key["file_path"]
+            names = [name.with_name(name.name + end) for end in ("", ".png", ".jpg", ".jpeg")]
+            picture = next((f for f in names if f.is_file()), name)
+            if "w" not in key:
+                about["w"], about["h"] = key["w"], key["h"] = open_picture(picture).size
+            w, h = key["w"], key["h"]
+            fx = key.get("fl_x") or 0.5 * w / math.tan(key["camera_angle_x"] / 2)
+            lens = fx, key.get("fl_y") or fx, key.get("cx", w / 2), key.get("cy", h / 2), w, h
+            shots.append(Shot(picture, np.array(key["transform_matrix"]) * [1, -1, -1, 1], lens))
+        if any(about.get(key) for key in ("k1", "k2", "k3", "p1", "p2")):
+            print(f"{file}: lens distortion is not corrected", file=sys.stderr)
+        return shots
+    found = files(seed)
+    if scale is None and found and (shots := named(found[0], shots_of, files(0)[0])):
+        distance = [np.linalg.norm(rigid(shot)[:3, 3]) for shot in shots]
+        scale = float(np.median(distance * half_view(shots)))
+    return read_views(Path(path), found, shots_of, scale,
+                      (scenes, views, resolution, seed, device), background)
+
+
+def json_items(path, key):
+    """The items of the list `key` in a JSON file, one by one: CLEVR's has 70,000 scenes."""
+    text, inside = "", False
+    with open(path) as file:
+        while more := file.read(2 ** 16):
+            text += more
+            if not inside and (start := re.search(rf'"{key}"\s*:\s*\[', text)):
+                inside, text = True, text[start.end():]
+            while inside:
+                text = text.lstrip(" \t\r\n,")
+                if text.startswith("]"):
+                    return
+                try:
+                    item, end = json.JSONDecoder().raw_decode(text)
+                except json.JSONDecodeError:        # the rest of it is still to come
+                    break
+                text = text[end:]
+                yield item
+    raise ValueError(f"{path} has no list {key!r}, or is cut short")
+
+
+def looking_at_origin(center):
+    """The pose (4, 4) of a camera at `center` (3,) that looks at the origin with z up."""
+    into = -center / np.linalg.norm(center)
+    right = np.array([into[1], -into[0], 0]) / math.hypot(into[0], into[1])
+    return np.stack([*np.stack([right, np.cross(into, right), into, center], 1), [0, 0, 0, 1]])
+
+
+def solve_clevr_camera(objects):
+    """The pose (4, 4) of the camera of a CLEVR scene, None if its objects do not fit together, and
+    the root mean square error in pixels.
+
+    The camera looks at the origin, so its centre is all there is to find: by least squares on the
+    objects' `3d_coords` and `pixel_coords`, whose x and y are rounded and whose depth is exact,
+    with Gauss-Newton from the generator's mean. One bad object of three or more is left out.
+    """
+    points, seen = (np.array([o[key] for o in objects], dtype=float).reshape(-1, 3)
+                    for key in ("3d_coords", "pixel_coords"))                     # (P, 3)
+    fx, fy, cx, cy, _, _ = CLEVR_LENS
+
+    def residual(center, keep):
+        x, y, z = ((points[keep] - center) @ looking_at_origin(center)[:3, :3]).T
+        error = np.stack([fx * x / z + cx, fy * y / z + cy, z], 1) - seen[keep]
+        return (error / (0.5, 0.5, 1e-5)).ravel()
+
+    def fit(keep):
+        center = np.array(CLEVR_CAMERA)
+        for _ in range(5):
+            slope = [(residual(center + e, keep) - residual(center - e, keep)) / 2e-4
+                     for e in 1e-4 * np.eye(3)]
+            center -= np.linalg.lstsq(np.transpose(slope), residual(center, keep), rcond=None)[0]
+        error = residual(center, keep).reshape(-1, 3)
+        return np.abs(error).max(), tuple(center), 0.5 * np.sqrt((error[:, :2] ** 2).mean())
+
+    every = np.arange(len(points))
+    worst, center, error = fit(every)
+    if worst > 3 and len(points) > 2:
+        worst, center, error = min(fit(np.delete(every, i)) for i in every)
+    fits = worst <= 3 and len(points) > 1           # rounding alone is 1
+    return looking_at_origin(np.array(center)) if fits else None, error
+
+
+def clevr_primitives(objects):
+    """A CLEVR scene for our tracer: kind (P,), to_world (P, 3, 4), color (P, 3), shine (P,)."""
+    rows = []
+    for o in objects:
+        x, y, z = (c / CLEVR_SCALE for c in o["3d_coords"])     # z is half the height: all stand
+        if not z > 0:
+            raise ValueError("an object is below the ground")
+        c, s = z * math.cos(o["rotation"]), z * math.sin(o["rotation"])
+        rows.append((CLEVR_SHAPES[o["shape"]], [[c, -s, 0, x], [s, c, 0, y], [0, 0, z, z]],
+                     CLEVR_COLORS[CLEVR_NAMES.index(o["color"])],
+                     0.35 * (o["material"] == "metal")))
+    return [torch.tensor(column) for column in zip(*rows)]
+
+
+def load_clevr(path, scenes=None, views=None, resolution=64, seed=0, device="cpu", render=False):
+    """`Views` of CLEVR v1.0 [Johnson et al. 2017]: its pictures, one a scene, by solved cameras.
+
+    path: the folder of `scenes/` and `images/`. With `render`, without `images/`, or if path is a
+    file of `scenes/`: CLEVR's layouts by our tracer, from cameras of the built-in set `clevr`.
+    Scenes that no camera fits are skipped and counted; those without their picture are left out.
+    """
+    path, about = Path(path), SETS["clevr"]
+    files = [f for split in splits(seed)
+             if (f := path / "scenes" / f"CLEVR_{split}_scenes.json").is_file()]
+    if not (path.is_file() or files):
+        raise FileNotFoundError(f"there is no scenes/CLEVR_train_scenes.json in {path}")
+    file = path if path.is_file() else files[0]
+    folder = path / "images" / file.stem[len("CLEVR_"):-len("_scenes")]
+    there = {f.name for f in folder.glob("*.png")}
+    render = render or not there
+
+    def convert(scene):
+        """A scene as primitives, or as its picture, the camera's pose and the error."""
+        if render:
+            return clevr_primitives(scene["objects"])
+        return folder / scene["image_filename"], *solve_clevr_camera(scene["objects"])
+    wanted = (scene for scene in json_items(file, "scenes")
+              if render or scene.get("image_filename") in there)
+    converted = (named(file, convert, scene) for scene in wanted)
+    if render:
+        some = list(islice(converted, scenes))
+        if not some:
+            raise ValueError(f"there are no scenes in {file}")
+        made = Scenes(*(pad_sequence(column, True, EMPTY).to(device) for column in zip(*some)),
+                      0.0, about.background)
+        poses = random_poses("clevr", len(some), views or 1, seed, device=device)
+        images, depth = trace(made, poses, about.focal, resolution)
+        background = torch.tensor(about.background, device=device) * 2 - 1
+        return Views(images, poses, about.focal, background, file.stem, CLEVR_SCALE, depth)
+    fits, tried = [], 0
+    for tried, one in enumerate(progress(converted, len(there), "cameras"), 1):
+        fits += [one] * (one[1] is not None)
+        if len(fits) == scenes:
+            break
+    error = np.median([one[2] for one in fits] or [np.nan])
+    print(f"{path}: {len(fits)} cameras, with a median error of {error:.2f} pixels; skipped "
+          f"{tried - len(fits)} scenes that no camera fits", file=sys.stderr)
+    shots = [[Shot(picture, pose, CLEVR_LENS)] for picture, pose, _ in fits]
+    found = read_views(path, shots, list, CLEVR_SCALE, (scenes, views, resolution, seed, device))
+    found.background = found.images[:64].transpose(0, 2).flatten(1).median(1).values  # the ground
+    return found
+
+
+FORMATS = {     # by what is in a folder, or in those below it
+    "transforms*.json": ("NeRF's transforms.json", load_folder),
+    "scenes/*_scenes.json": ("CLEVR", load_clevr),
+    "cameras.npz": ("NMR's ShapeNet", load_nmr),
+    "rgb": ("ShapeNet-SRN", load_srn),
+    "*_RT.txt": ("CLEVR-567", load_clevr567),
+}
+
+
 def load(spec, scenes=None, views=None, resolution=64, seed=0, device="cpu"):
-    """`Views` of a built-in set by its name (1,000 scenes of one view unless told)."""
+    """`Views` of a built-in set by its name (1,000 scenes of one view unless told), or of a path,
+    whose format it recognises and prints; None = all scenes, all views.
+
+    Negative seeds are for held-out scenes: of a dataset with splits they read `test`, or else
+    `val`, and others `train`. A folder with a single split is that split.
+    """
     if spec in SETS:
         return synthetic(spec, 1000 if scenes is None else scenes, 1 if views is None else views,
                          resolution, seed, device)
-    raise ValueError(f"{spec!r} is not a built-in set: choose one of {', '.join(SETS)}")
+    path = Path(spec)
+    if not path.exists():
+        raise ValueError(f"{spec!r} is neither a built-in set ({', '.join(SETS)}) nor a path")
+    for depth in range(4):                                  # what is quick to find comes first
+        for mark, (name, loader) in FORMATS.items():
+            if (path.match(Path(mark).name) if path.is_file()
+                    else next(path.glob("*/" * depth + mark), None)):
+                print(f"{path}: taken for {name}", file=sys.stderr)
+                return loader(path, scenes, views, resolution, seed, device)
+    raise ValueError(f"{path} has no known format; looked for " + ", ".join(
+        f"{mark} ({name})" for mark, (name, _) in FORMATS.items()))

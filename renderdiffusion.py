@@ -69,7 +69,7 @@ class Config:
     # model
     plane_size: int = 32        # triplane side N, a power of two, at least 16
     plane_channels: int = 16    # triplane features C
-    unet_channels: int = 48     # channels at S / 2, a multiple of 16; up to four times as many below
+    unet_channels: int = 48     # channels at S / 2, a multiple of 16; up to four times that below
     mlp_hidden: int = 64        # width of the MLP's two hidden layers
     samples: int = 16           # stratified samples a ray
     fine_samples: int = 0       # importance samples a ray, where the first ones saw matter
@@ -77,13 +77,14 @@ class Config:
     timesteps: int = 1000       # T
     schedule: str = "cosine"    # cosine or linear
     loss: str = "l1"            # l1 or l2
-    clean: float = 0.1          # share of examples at t = 0, from which reconstruction starts
-    other_side: float = 0.5     # share of examples encoded from another side; 0: the paper's scheme
+    clean: float = 0.2          # share of examples at t = 0, from which reconstruction starts
+    other_side: float = 0.0     # share of examples encoded from another side; 0: the paper's scheme
     other_side_from: float = 0.4    # from this part of the training on
+    turn_between: tuple = (0.1, 0.6)    # parts of the training between which CLEVR's turns widen
     # training
     batch: int = 16             # images a step and process
     rays: int = 256             # rays an image
-    steps: int = 10000          # optimiser steps
+    steps: int = 6400           # optimiser steps
     minutes: float = 0.0        # train by the clock instead; 0: by steps
     lr: float = 1e-3            # Adam's learning rate between warm-up and decay
     ema: float = 0.999          # decay of the weights' moving average, which is what is used
@@ -98,7 +99,7 @@ class Config:
                       plane_size=16, plane_channels=1, unet_channels=16, mlp_hidden=1, samples=1,
                       timesteps=1, batch=1, rays=1, steps=1, lr=1e-9)
         highest = dict(resolution=256, background=1, elevation=90, plane_size=512, clean=0.99,
-                       other_side=1, other_side_from=1, ema=0.99999)
+                       other_side=1, other_side_from=1, turn_between=1, ema=0.99999)
         choices = dict(schedule=("cosine", "linear"), loss=("l1", "l2"))
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
@@ -476,7 +477,7 @@ def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1):
 
 
 def training_pictures(config, device, rank, world):
-    """A function from a step to its images and poses, and the config with the set's own fields.
+    """A function (step, progress) -> images, poses; and the config with the set's own fields.
 
     With `scenes` = 0 no scene comes twice; else the pictures of a fixed set come in random order.
     """
@@ -484,10 +485,14 @@ def training_pictures(config, device, rank, world):
     views = load(config.data, 1 if fresh else config.scenes or None, config.views, S, config.seed)
     images, poses = views.images.flatten(0, 1), views.poses.flatten(0, 1)
 
-    def draw(step):
+    def draw(step, progress):
         if fresh:
+            # A cube looks the same after a quarter turn, and the mean over all turns is round:
+            # nothing tells at first which way to bend it. So turns are small first, and widen.
+            a, b = config.turn_between
+            turn = 1 if progress >= b else 0.1 + 0.15 * max(0, progress - a) / max(b - a, 1e-9)
             new = synthetic(config.data, B, 1, S, config.seed, device,
-                            start=(step * world + rank) * B, depth=False)
+                            start=(step * world + rank) * B, depth=False, turn=turn)
             return new.images[:, 0], new.poses[:, 0]
         chosen = torch.randint(len(images), (world * B,))[rank * B:(rank + 1) * B]
         return images[chosen].to(device), poses[chosen].to(device)
@@ -565,8 +570,8 @@ def train(config, loss=denoising_loss):
             if progress >= 1:
                 break
             for group in optimizer.param_groups:                # warm-up, constant, decay
-                group["lr"] = config.lr * min(1, (step + 1) / 100, max(0.02, (1 - progress) / 0.4))
-            value = loss(parallel, ema, *pictures(step), progress, rank, world)
+                group["lr"] = config.lr * min(1, (step + 1) / 100, max(0.02, (1 - progress) / 0.3))
+            value = loss(parallel, ema, *pictures(step, progress), progress, rank, world)
             optimizer.zero_grad()
             value.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -576,7 +581,7 @@ def train(config, loss=denoising_loss):
                                      1 - min(config.ema, (1 + step) / (10 + step)))
             losses.append(value.detach())
             step, seconds = step + 1, time.time() - start
-            if world > 1 and config.minutes:                    # one clock, so that all stop at once
+            if world > 1 and config.minutes:                    # one clock: all stop at once
                 clock = torch.tensor([seconds], device=device)
                 torch.distributed.broadcast(clock, 0)
                 seconds = clock.item()
@@ -622,7 +627,7 @@ def pick_device(name):
 
 def bf16_is_fast(device):
     """Whether bfloat16 pays for the U-Net: old GPUs and CPUs have it by slow emulation alone."""
-    if device.type == "cpu":                        # torch before 2.6 has neither: `bool()` is False
+    if device.type == "cpu":                        # an old torch has neither: `bool()` is False
         return any(getattr(torch.cpu, f"_is_{name}_supported", bool)()
                    for name in ("avx512_bf16", "amx_tile"))
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -644,19 +649,14 @@ def standard_normal(like, generator):
     return torch.randn(like.shape, generator=generator).to(like)
 
 
-def denoise_step(model, x_t, poses, t, s, eta, generator):
-    """One step of the reverse process, from level t to s < t -> x_s (B, 3, S, S), planes."""
-    planes = model.encode(x_t, t)
-    x0_hat = model.render(planes, poses)[0].clamp(-1, 1)
-    mean, variance = model.schedule.posterior(x0_hat, x_t, t, s, eta)
-    return mean + variance.sqrt() * standard_normal(x_t, generator), planes    # s = 0: variance 0
-
-
 @torch.no_grad()
 def denoise(model, x_t, poses, levels, eta, generator):
     """From x_t at the last of the rising `levels` down to their first, 0 -> images, planes."""
     for t, s in zip(levels[:0:-1], levels[-2::-1]):
-        x_t, planes = denoise_step(model, x_t, poses, t, s, eta, generator)
+        planes = model.encode(x_t, t)
+        x0_hat = model.render(planes, poses)[0].clamp(-1, 1)
+        mean, variance = model.schedule.posterior(x0_hat, x_t, t, s, eta)
+        x_t = mean + variance.sqrt() * standard_normal(x_t, generator)         # s = 0: variance 0
     return x_t, planes
 
 
@@ -676,7 +676,7 @@ def generate(model, poses, steps=50, eta=1.0, seed=0):
 
 @torch.no_grad()
 def find_poses(model, images, masks=None):
-    """The cameras (B, 4, 4) that images (B, 3, S, S) were taken with; masks (B, 1, S, S), 1 = known.
+    """The cameras (B, 4, 4) of images (B, 3, S, S); masks (B, 1, S, S) are 1 where they are known.
 
     The encoder needs none, so the clean picture's planes are rendered from candidates on the
     training cameras' sphere, and round the best one on finer and finer grids.
@@ -684,7 +684,8 @@ def find_poses(model, images, masks=None):
     config, device = model.config, images.device
     low, high = config.elevation
     known = torch.ones_like(images[:, :1]) if masks is None else masks.to(images)
-    planes = model.encode(known * images + (1 - known) * (model.background * 2 - 1).view(3, 1, 1), 0)
+    background = (model.background * 2 - 1).view(3, 1, 1)
+    planes = model.encode(known * images + (1 - known) * background, 0)
     best = torch.zeros(2, len(images), device=device)           # azimuth, elevation
     best[1] = (low + high) / 2
     for side, width, height, m, n in ((2, 180.0, (high - low) / 2, 30, 4), (1, 9.0, 5.0, 5, 5),
@@ -748,15 +749,18 @@ def repaint_schedule(steps, jump_length, jump_n_sample):
 
 
 @torch.no_grad()
-def inpaint(model, images, masks, poses=None, steps=50, jump_length=5, jump_n_sample=5, seed=0):
+def inpaint(model, images, masks, poses=None, steps=50, jump_length=5, jump_n_sample=5, seed=0,
+            guidance=4.0):
     """Fill images (B, 3, S, S) where masks (B, 1, S, S) are 0 -> images, planes.
 
     RePaint (Lugmayr et al. 2022, algorithm 1) as its code has it: before each step down, the known
     pixels are set to the picture noised to the level of x_t; each jump up noises everything. (The
-    paper's line 5 misprints that noise's factor; it is sqrt(1 - alpha_bar).) Then, beyond RePaint,
-    the known pixels are put into the result as they are, and this picture is encoded once more at
-    t = 0: it shows the known part exactly, and the planes are a reconstruction of it. Poses
-    (B, 4, 4) are found from the known pixels where None. Raises ValueError for unfit masks.
+    paper's line 5 misprints that noise's factor; it is sqrt(1 - alpha_bar).) Two things are beyond
+    RePaint. Each step also goes down the gradient of what x0_hat gets wrong where the picture is
+    known (Chung et al. 2023, algorithm 1), or else what fills a large hole ignores what is round
+    it; guidance = 0 leaves this away. And at the end the known pixels are put back as they are, and
+    this picture is encoded at t = 0: it shows the known part exactly, the planes reconstruct it.
+    Poses (B, 4, 4) are found where None. Raises ValueError for masks that do not fit.
     """
     if masks.shape != (len(images), 1, *images.shape[2:]):
         raise ValueError(f"masks must be {(len(images), 1, *images.shape[2:])} to fit the images, "
@@ -769,14 +773,21 @@ def inpaint(model, images, masks, poses=None, steps=50, jump_length=5, jump_n_sa
     indices = repaint_schedule(steps, jump_length, jump_n_sample)
     for i, j in zip(indices, indices[1:]):
         t, s = levels[i + 1], levels[j + 1]
-        if s < t:
-            noised = schedule.add_noise(images, t, standard_normal(x, generator))
-            x = known * noised + (1 - known) * x
-            x, _ = denoise_step(model, x, poses, t, s, 1.0, generator)
-        else:
+        noise = standard_normal(x, generator)
+        if s > t:                                               # a jump up
             left = schedule.alpha_bar[s] / schedule.alpha_bar[t]
-            x = left.sqrt() * x + (1 - left).sqrt() * standard_normal(x, generator)
-    x = known * images + (1 - known) * x
+            x = left.sqrt() * x + (1 - left).sqrt() * noise
+            continue
+        x = known * schedule.add_noise(images, t, noise) + (1 - known) * x
+        with torch.enable_grad():
+            x.requires_grad_()
+            x0_hat = model.render(model.encode(x, t), poses)[0]
+            misfit = ((known * (x0_hat - images)).square().sum((1, 2, 3)) + 1e-12).sqrt()
+            gradient, = torch.autograd.grad(misfit.sum(), x)
+        x, x0_hat = x.detach(), x0_hat.detach().clamp(-1, 1)
+        mean, variance = schedule.posterior(x0_hat, x, t, s)
+        x = mean + variance.sqrt() * standard_normal(x, generator) - guidance * gradient
+    x = known * images + (1 - known) * x.clamp(-1, 1)
     return x, model.encode(x, 0)
 
 
@@ -871,7 +882,7 @@ def read_checkpoint(path, device="cpu"):
     """The dict in a checkpoint; ValueError or OSError with one sentence where there is none."""
     if not Path(path).is_file():
         names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.pt")))
-        raise FileNotFoundError(f"there is no checkpoint {path}; train one, or name one of: {names}")
+        raise FileNotFoundError(f"there is no checkpoint {path}; train one, or name one: {names}")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         version = state["version"]
@@ -909,7 +920,7 @@ def to_bytes(images):
 
 
 def depth_colors(depth):
-    """Depth (B, S, S) as colours (B, 3, S, S) in [-1, 1], each picture's nearest blue, farthest red."""
+    """Depth (B, S, S) as colours (B, 3, S, S) in [-1, 1]: near is blue, far is red."""
     near, far = depth.amin((1, 2), keepdim=True), depth.amax((1, 2), keepdim=True)
     unit = (depth - near) / (far - near).clamp(min=1e-6)
     colors = matplotlib.colormaps["jet"](unit.cpu().numpy())[..., :3]
@@ -969,12 +980,12 @@ def around(model, planes, poses, views, mark=""):
                    for v, pose in enumerate(turn_poses(model, 45, views))}
 
 
-def input_pictures(model, image, azimuth, elevation, seed):
+def input_pictures(model, image, azimuth, elevation, seed, count):
     """The picture file and its camera, if it is given, or scenes that training never saw -> images
     (B, 3, S, S), poses (B, 4, 4) or None, and the scenes as `Views` of five or None."""
     config, device = model.config, model.background.device
     if image is None:
-        views = load(config.data, 8, 5, config.resolution, HELD_OUT - seed, device)
+        views = load(config.data, count, 5, config.resolution, HELD_OUT - seed, device)
         return views.images[:, 0], views.poses[:, 0], views
     if (azimuth is None) != (elevation is None):
         raise ValueError("a camera needs both --azimuth and --elevation, or leave both away")
@@ -993,7 +1004,7 @@ def run_generate(model, out, seed, count=8, steps=50, eta=1.0, name="generate"):
 def run_reconstruct(model, out, seed, image=None, t_r=(0,), steps=None, azimuth=None,
                     elevation=None, name="reconstruct"):
     """3D from one picture, seen from its own camera and from others; beside the truth if known."""
-    images, poses, truth = input_pictures(model, image, azimuth, elevation, seed)
+    images, poses, truth = input_pictures(model, image, azimuth, elevation, seed, count=8)
     poses = find_poses(model, images) if poses is None else poses
     others = (turn_poses(model, 45, 4).expand(len(images), 4, 4, 4) if truth is None
               else truth.poses[:, 1:])                                         # (B, 4, 4, 4)
@@ -1015,7 +1026,7 @@ def run_reconstruct(model, out, seed, image=None, t_r=(0,), steps=None, azimuth=
 def run_inpaint(model, out, seed, image=None, mask=None, steps=50, azimuth=None, elevation=None,
                 fillings=1, name="inpaint"):
     """Fill the masked part of a picture, and look at the result from other sides."""
-    images, poses, _ = input_pictures(model, image, azimuth, elevation, seed)
+    images, poses, _ = input_pictures(model, image, azimuth, elevation, seed, count=4)
     S = images.shape[-1]
     masks = torch.ones_like(images[:, :1])
     if mask is None:                                # a square of 40 % of the side, in the middle
@@ -1025,7 +1036,7 @@ def run_inpaint(model, out, seed, image=None, mask=None, steps=50, azimuth=None,
     poses = find_poses(model, images, masks) if poses is None else poses
     rows = {"input": images, "masked": images * masks + masks - 1}
     for k in range(fillings):
-        filled, planes = inpaint(model, images, masks, poses, steps, seed=seed + k)
+        filled, planes = inpaint(model, images, masks, poses, steps, jump_n_sample=1, seed=seed + k)
         mark = f", filling {k + 1}" if fillings > 1 else ""
         rows |= {f"result{mark}": filled}
         rows |= around(model, planes, poses, 4 if fillings == 1 else 2, mark)
