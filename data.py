@@ -82,6 +82,12 @@ class Views:
     def __len__(self):
         return len(self.images)
 
+    def to(self, device):
+        """The same on another device."""
+        return replace(self, images=self.images.to(device), poses=self.poses.to(device),
+                       background=self.background.to(device),
+                       depth=None if self.depth is None else self.depth.to(device))
+
     def __getitem__(self, scenes):
         """The scenes of a slice, a list or an index tensor; one scene is `views[i:i + 1]`."""
         return replace(self, images=self.images[scenes], poses=self.poses[scenes],
@@ -293,9 +299,8 @@ class Draw:
     So scene i of a seed is the same whatever the batch, the order or the device.
     """
 
-    def __init__(self, seed, scene, stream=0, turn=1.0):
+    def __init__(self, seed, scene, stream=0):
         self.key, self.count = mix(mix(mix(seed) ^ stream) ^ mix(scene)), 0
-        self.turn = turn
 
     def __call__(self, low=0.0, high=1.0):
         """(N,) floats in [low, high)."""
@@ -363,7 +368,7 @@ CLEVR_COLORS = [[c / 255 for c in color] for color in (
 def clevr_object(parts, draw, x, y, r, ground, present=True):
     """One of CLEVR's objects of size r (N,): any shape, colour, material and turn about z."""
     kind, color, metal = draw.pick(3), draw.row(CLEVR_COLORS), draw.pick(2)
-    turn = draw(-math.pi, math.pi) * draw.turn
+    turn = draw(-math.pi, math.pi)
     half = torch.where(kind == BOX, r / math.sqrt(2), r)
     parts.add(kind, (x, y, ground + half), (half, half, half), color, present, 0.35 * metal,
               x=(turn.cos(), turn.sin(), 0), y=(-turn.sin(), turn.cos(), 0))
@@ -569,31 +574,33 @@ def random_poses(name, scenes, views=1, seed=0, start=0, device="cpu"):
     return torch.stack([orbit(d(0, 360), d(*about.elevation), about.radius) for d in draws], 1)
 
 
-def random_scenes(name, scenes, seed=0, start=0, device="cpu", turn=1.0):
-    """`Scenes` start..start+N-1 of a built-in set; `turn` as in `synthetic`."""
+def random_scenes(name, scenes, seed=0, start=0, device="cpu"):
+    """`Scenes` start..start+N-1 of a built-in set."""
     about = built_in(name)
-    draw = Draw(seed, torch.arange(start, start + scenes, device=device), turn=turn)
+    draw = Draw(seed, torch.arange(start, start + scenes, device=device))
     parts = Parts(draw.key.float())
     about.build(parts, draw, about.ground)
     return parts.scenes(about.ground, about.background)
 
 
 def synthetic(name, scenes, views=1, resolution=64, seed=0, device="cpu", start=0, samples=2,
-              depth=True, turn=1.0):
+              depth=True):
     """`Views` of scenes start..start+scenes-1 of a built-in set, from random cameras.
 
     Scene i and its view v are the same whatever else is asked for. samples: anti-aliasing by
     samples x samples rays a pixel. Without `depth`, which takes time, `Views.depth` is None.
-    turn: the share of a half turn, either way, that CLEVR's objects are turned by at most.
     """
     about = built_in(name)
     counts = dict(scenes=scenes, views=views, resolution=resolution, samples=samples)
     for what, value in counts.items():
         if not (value >= 1 and value % 1 == 0):                         # NaN and inf too
             raise ValueError(f"{what} must be a whole number, at least 1, and not {value}")
+    if torch.device(device).type == "mps":                              # it lacks scatter_reduce
+        return synthetic(name, scenes, views, resolution, seed, "cpu", start, samples,
+                         depth).to(device)
     poses = random_poses(name, scenes, views, seed, start, device)
-    images, depths = trace(random_scenes(name, scenes, seed, start, device, turn), poses,
-                           about.focal, resolution, samples, depth)
+    images, depths = trace(random_scenes(name, scenes, seed, start, device), poses, about.focal,
+                           resolution, samples, depth)
     background = torch.tensor(about.background, device=device) * 2 - 1
     return Views(images, poses, about.focal, background, name, depth=depths)
 

@@ -12,6 +12,7 @@ cameras, it generates, reconstructs and inpaints scenes that can be looked at fr
     python renderdiffusion.py reconstruct --image photo.png --t-r 300
     python renderdiffusion.py inpaint --image photo.png --mask mask.png
     python renderdiffusion.py evaluate --json
+    python renderdiffusion.py export                     # coloured points (.ply)
 
 What differs from the paper, or is our choice where it does not say: README.md, "Differences".
 
@@ -47,7 +48,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from data import SETS, camera_rays, load, open_picture, orbit, read_image, read_mask, synthetic
+from data import SETS, camera_rays, load, mix, open_picture, orbit, read_image, read_mask, synthetic
 
 
 # ------------------------------------------------------------------------------------------------
@@ -80,7 +81,6 @@ class Config:
     clean: float = 0.2          # share of examples at t = 0, from which reconstruction starts
     other_side: float = 0.0     # share of examples encoded from another side; 0: the paper's scheme
     other_side_from: float = 0.4    # from this part of the training on
-    turn_between: tuple = (0.1, 0.6)    # parts of the training between which CLEVR's turns widen
     # training
     batch: int = 16             # images a step and process
     rays: int = 256             # rays an image
@@ -95,29 +95,38 @@ class Config:
 
     def validate(self):
         """Returns itself, or raises ValueError: one sentence on the first field that is off."""
-        lowest = dict(scenes=0, views=1, resolution=16, focal=1e-3, background=-1, radius=1e-3,
-                      plane_size=16, plane_channels=1, unet_channels=16, mlp_hidden=1, samples=1,
-                      timesteps=1, batch=1, rays=1, steps=1, lr=1e-9)
-        highest = dict(resolution=256, background=1, elevation=90, plane_size=512, clean=0.99,
-                       other_side=1, other_side_from=1, turn_between=1, ema=0.99999)
-        choices = dict(schedule=("cosine", "linear"), loss=("l1", "l2"))
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
-            low = lowest.get(name, -90 if name == "elevation" else 0)
-            high = highest.get(name, 1e9)
             kind = (int, float) if isinstance(field.default, float) else type(field.default)
-            numbers = value if isinstance(value, (tuple, list)) else (value,)
-            if not isinstance(value, kind) or len(numbers) != np.size(field.default):
+            if not isinstance(value, kind) or np.size(value) != np.size(field.default):
                 raise ValueError(f"{name} must be like {field.default!r}, not {value!r}")
-            if not isinstance(value, str) and not all(low <= n <= high for n in numbers):
-                raise ValueError(f"{name} must be from {low:g} to {high:g}, not {value!r}")
+            check_range(name, value)
             if name in ("resolution", "plane_size") and value & (value - 1):
                 raise ValueError(f"{name} must be a power of two, not {value}")
-            if value not in choices.get(name, (value,)):
-                raise ValueError(f"{name} must be one of {', '.join(choices[name])}, not {value!r}")
+            choices = dict(schedule=("cosine", "linear"), loss=("l1", "l2")).get(name, (value,))
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
         if self.unet_channels % 16:
             raise ValueError(f"unet_channels must be a multiple of 16, not {self.unet_channels}")
         return self
+
+
+LIMITS = {      # of a field or an option; from 0 to a billion where it is not here
+    "views": (1, 1e9), "resolution": (16, 256), "focal": (1e-3, 1e3), "background": (-1, 1),
+    "radius": (1e-3, 1e3), "elevation": (-90, 90), "azimuth": (-360, 360), "plane_size": (16, 512),
+    "plane_channels": (1, 1024), "unet_channels": (16, 1024), "mlp_hidden": (1, 4096),
+    "samples": (1, 4096), "timesteps": (1, 1e6), "clean": (0, 0.99), "other_side": (0, 1),
+    "other_side_from": (0, 1), "batch": (1, 1e6), "rays": (1, 65536),
+    "steps": (1, 1e9), "lr": (1e-9, 10), "ema": (0, 0.99999), "count": (1, 1000), "eta": (0, 1),
+    "fillings": (1, 100)}
+
+
+def check_range(name, value):
+    """ValueError where a number, or one of several, is outside its LIMITS, or NaN."""
+    low, high = LIMITS.get(name, (0, 1e9))
+    for number in value if isinstance(value, (tuple, list)) else (value,):
+        if isinstance(number, (int, float)) and not low <= number <= high:
+            raise ValueError(f"{name} must be from {low:g} to {high:g}, not {number!r}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -138,10 +147,10 @@ class NoiseSchedule:
             f = torch.cos((torch.arange(T + 1).double() / T + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = 1 - f[1:] / f[:-1]
         elif kind == "linear":
-            betas = torch.linspace(1e-4, 0.02, T).double() * 1000 / T
+            betas = torch.linspace(0.02, 1e-4, T).flip(0).double() * 1000 / T
         else:
             raise ValueError(f"schedule must be cosine or linear, not {kind!r}")
-        # The last step must leave a trace of the picture, or the posterior would divide by zero.
+        # No level but the last may be all noise: the posterior divides by alpha_bar at s < t.
         kept = torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
         self.T = T
         self.alpha_bar = torch.cat([torch.ones(1).double(), kept]).float()     # (T+1,)
@@ -164,7 +173,7 @@ class NoiseSchedule:
         """
         ab_t, ab_s = self.at(t, x_t), self.at(s, x_t)
         variance = eta ** 2 * (1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)
-        eps = (x_t - ab_t.sqrt() * x0) / (1 - ab_t).sqrt()
+        eps = (x_t - ab_t.sqrt() * x0) / (1 - ab_t).sqrt()     # what the noise was, if x0 is right
         return ab_s.sqrt() * x0 + (1 - ab_s - variance).clamp(min=0).sqrt() * eps, variance
 
 
@@ -174,7 +183,7 @@ class NoiseSchedule:
 
 class Block(nn.Module):
     """GroupNorm, SiLU, 3x3 convolution, twice, t's embedding scaling and shifting in between; then
-    self-attention over all positions, where there are few. Starts as the identity.
+    self-attention over all positions, where there are few. Starts close to the identity.
     """
 
     def __init__(self, c, c_emb, attention):
@@ -307,7 +316,7 @@ def composite(density, color, deltas, background):
     (B, R, K), of which what is missing to 1 goes to the background. Colours are in [0, 1].
     """
     optical_depth = density * deltas
-    before = torch.cumsum(optical_depth, dim=-1) - optical_depth
+    before = F.pad(torch.cumsum(optical_depth, dim=-1)[..., :-1], (1, 0))
     weights = torch.exp(-before) * -torch.expm1(-optical_depth)                # T_i alpha_i
     left = 1 - weights.sum(-1, keepdim=True)
     return (weights[..., None] * color).sum(-2) + left * background, weights
@@ -399,7 +408,8 @@ class RenderDiffusion(nn.Module):
         if x_t.shape[1:] != (3, S, S):
             raise ValueError(f"the model takes images (B, 3, {S}, {S}), not {tuple(x_t.shape)}")
         t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
-        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16):
+        device = x_t.device.type if self.bf16 else "cpu"        # some devices have no autocast
+        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
             planes = self.unet(x_t, t)
         return planes.float().reshape(len(x_t), 3, -1, N, N)
 
@@ -477,7 +487,7 @@ def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1):
 
 
 def training_pictures(config, device, rank, world):
-    """A function (step, progress) -> images, poses; and the config with the set's own fields.
+    """A function step -> images, poses; and the config with the set's own fields.
 
     With `scenes` = 0 no scene comes twice; else the pictures of a fixed set come in random order.
     """
@@ -485,14 +495,10 @@ def training_pictures(config, device, rank, world):
     views = load(config.data, 1 if fresh else config.scenes or None, config.views, S, config.seed)
     images, poses = views.images.flatten(0, 1), views.poses.flatten(0, 1)
 
-    def draw(step, progress):
+    def draw(step):
         if fresh:
-            # A cube looks the same after a quarter turn, and the mean over all turns is round:
-            # nothing tells at first which way to bend it. So turns are small first, and widen.
-            a, b = config.turn_between
-            turn = 1 if progress >= b else 0.1 + 0.15 * max(0, progress - a) / max(b - a, 1e-9)
             new = synthetic(config.data, B, 1, S, config.seed, device,
-                            start=(step * world + rank) * B, depth=False, turn=turn)
+                            start=(step * world + rank) * B, depth=False)
             return new.images[:, 0], new.poses[:, 0]
         chosen = torch.randint(len(images), (world * B,))[rank * B:(rank + 1) * B]
         return images[chosen].to(device), poses[chosen].to(device)
@@ -515,27 +521,36 @@ def train(config, loss=denoising_loss):
     """
     config.validate()
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if world > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))    # what "cuda" means from here on
     device = pick_device(config.device)
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     pictures, config = training_pictures(config, device, rank, world)
     torch.manual_seed(config.seed)
     model = RenderDiffusion(config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     model.bf16 = bf16_is_fast(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.9, 0.99))
-    path = Path(config.out) / f"{Path(config.data).name}.pt"
+    path = Path(config.out) / f"{Path(config.data).resolve().name}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"nothing can be written to {path.parent}: choose another --out")
     step, seconds, losses = 0, 0.0, []
     if config.resume:
         state = read_checkpoint(path)
         if "optimizer" not in state:
             raise ValueError(f"{path} holds weights alone; train anew, without --resume")
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
+        for name in ("data", "resolution", "timesteps", "schedule", "seed"):
+            if state["config"][name] != getattr(config, name):
+                raise ValueError(f"{path} was trained with {name} = {state['config'][name]!r}; "
+                                 "resume with the same")
+        try:
+            model.load_state_dict(state["model"])
+            ema.load_state_dict(state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is of another model: {first_line(error)}") from None
         step, seconds = state["step"], state["seconds"]
     elif path.exists() and rank == 0:
         os.replace(path, path.with_suffix(".old.pt"))
@@ -543,20 +558,25 @@ def train(config, loss=denoising_loss):
     checked = logged = time.time()
     start = checked - seconds
 
+    def finite(losses):
+        """The last steps' losses as numbers, by the loop's one synchronisation."""
+        values = torch.stack(losses).tolist() if losses else []
+        for i, value in enumerate(values, step - len(values)):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the loss is {value} at step {i}: try a lower --lr; "
+                                         f"what was saved before is in {config.out}")
+        return values
+
     def save():
-        save_checkpoint(path, ema, dict(model=model.state_dict(), rng=torch.get_rng_state(),
-                                        optimizer=optimizer.state_dict(), step=step,
-                                        seconds=seconds))
+        finite(losses)
+        save_checkpoint(path, ema, dict(model=model.state_dict(), step=step, seconds=seconds,
+                                        optimizer=optimizer.state_dict()))
 
     try:
         while True:
             progress = seconds / 60 / config.minutes if config.minutes else step / config.steps
             if losses and (progress >= 1 or time.time() - logged > 5):
-                values = torch.stack(losses).tolist()           # the one synchronisation
-                for i, value in enumerate(values, step - len(values)):
-                    if not math.isfinite(value):
-                        raise FloatingPointError(f"the loss is {value} at step {i}: try a lower "
-                                                 f"--lr; what was saved before is in {config.out}")
+                values = finite(losses)
                 if rank == 0:
                     speed = len(values) * config.batch * world / (time.time() - logged)
                     print(f"step {step}  loss {np.mean(values):.4f}  {speed:.0f} images/s  "
@@ -571,7 +591,8 @@ def train(config, loss=denoising_loss):
                 break
             for group in optimizer.param_groups:                # warm-up, constant, decay
                 group["lr"] = config.lr * min(1, (step + 1) / 100, max(0.02, (1 - progress) / 0.3))
-            value = loss(parallel, ema, *pictures(step, progress), progress, rank, world)
+            torch.manual_seed(mix(mix(config.seed) ^ step))     # resumed, it draws the same
+            value = loss(parallel, ema, *pictures(step), progress, rank, world)
             optimizer.zero_grad()
             value.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -603,7 +624,7 @@ def health(model, path):
         scores = evaluate(model, synthetic(config.data, 32, 3, config.resolution, HELD_OUT, device))
         text = "  held-out PSNR: input view {psnr:.2f} dB, ".format(**scores["input"])
         text += "novel views {psnr:.2f} dB\n".format(**scores["novel"])
-    images, planes = generate(model, turn_poses(model, 0, 8), steps=10)
+    images, planes = generate(model, turn_poses(model, 0, 8), min(10, config.timesteps))
     save_grid(path, {"samples": images})
     points = torch.rand(8, 4096, 3, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
     density, _ = model.mlp(points, sample_triplanes(planes, points))
@@ -713,14 +734,14 @@ def reconstruct(model, images, poses=None, t_r=0, steps=None, seed=0):
     are found where None. Raises ValueError for a t_r outside 0..T.
     """
     T = model.config.timesteps
-    if not 0 <= t_r <= T:
-        raise ValueError(f"t_r must be from 0 to {T}, not {t_r}")
+    if not (0 <= t_r <= T and t_r == int(t_r)):
+        raise ValueError(f"t_r must be a whole number from 0 to {T}, not {t_r}")
     if t_r == 0:
         return model.encode(images, 0)
     poses = find_poses(model, images) if poses is None else poses
     generator = torch.Generator().manual_seed(seed)
     x_t = model.schedule.add_noise(images, t_r, standard_normal(images, generator))
-    levels = noise_levels(t_r, steps or min(t_r, max(1, round(50 * t_r / T))))
+    levels = noise_levels(t_r, min(t_r, math.ceil(50 * t_r / T)) if steps is None else steps)
     return denoise(model, x_t, poses, levels, 1.0, generator)[1]
 
 
@@ -871,10 +892,11 @@ def write(path, writer):
 def save_checkpoint(path, model, training=None):
     """Write the (averaged) model's weights and config, in half precision, to share; or in full,
     with the dict `training` beside them, to resume."""
-    weights = model.state_dict()
+    weights, config = model.state_dict(), model.config
     if training is None:
         weights = {name: weight.half() for name, weight in weights.items()}
-    state = {"version": VERSION, "config": dataclasses.asdict(model.config), "ema": weights}
+        config = dataclasses.replace(config, device="auto", out="out", resume=False)
+    state = {"version": VERSION, "config": dataclasses.asdict(config), "ema": weights}
     write(path, lambda file: torch.save({**state, **(training or {})}, file))
 
 
@@ -959,6 +981,48 @@ def save_turntable(path, model, planes, frames=24):
         pictures.append(Image.fromarray(strip.repeat(zoom, 0).repeat(zoom, 1)))
     write(path, lambda file: pictures[0].save(file, format="GIF", save_all=True, loop=0,
                                               duration=80, append_images=pictures[1:]))
+
+
+def surface_points(model, planes, poses, resolution=64, samples=128):
+    """Where rays from poses (V, 4, 4) are half stopped by one scene's planes (1, 3, C, N, N):
+    points, unit normals and colours in [0, 1], each (P, 3).
+    """
+    parts = []
+    rays = camera_rays(poses, model.config.focal, resolution)
+    for origins, directions in zip(*(r.flatten(0, 1)[None].split(2 ** 15, 1) for r in rays)):
+        near, far = ray_interval(origins, directions)
+        step = (far - near) / samples                                          # (1, R)
+        t = near[..., None] + step[..., None] * (torch.arange(samples, device=near.device) + 0.5)
+        points = origins[:, :, None] + t[..., None] * directions[:, :, None]   # (1, R, K, 3)
+        with torch.no_grad():
+            density, _ = model.mlp(points.flatten(1, 2),
+                                   sample_triplanes(planes, points.flatten(1, 2)))
+        depth = torch.cumsum(density.view(t.shape) * step[..., None], -1)      # optical depth
+        i = (depth < math.log(2)).sum(-1, keepdim=True)                        # first half stopped
+        hit, i = i[..., 0] < samples, i.clamp(max=samples - 1)
+        before = torch.where(i > 0, depth.gather(-1, (i - 1).clamp(min=0)), 0)
+        share = (math.log(2) - before) / (depth.gather(-1, i) - before).clamp(min=1e-9)
+        t = t.gather(-1, i) + (share - 0.5) * step[..., None]
+        points = (origins + t * directions)[hit][None].requires_grad_()        # (1, P, 3)
+        with torch.enable_grad():
+            density, color = model.mlp(points, sample_triplanes(planes, points))
+            normal = -torch.autograd.grad(density.sum(), points)[0]            # out of the matter
+        parts.append(torch.stack([points.detach(), F.normalize(normal, dim=-1), color.detach()]))
+    return torch.cat(parts, dim=2)[:, 0]                                       # (3, P, 3)
+
+
+def save_ply(path, points, normals, colors):
+    """Write points, normals and colours in [0, 1], each (P, 3), as a binary .ply point cloud."""
+    names = [(n, "<f4") for n in ("x", "y", "z", "nx", "ny", "nz")]
+    names += [(n, "u1") for n in ("red", "green", "blue")]
+    table = np.empty(len(points), dtype=names)
+    columns = torch.cat([points, normals, colors * 255], dim=1).cpu().numpy().T
+    for (name, _), column in zip(names, columns):
+        table[name] = column.round() if name in ("red", "green", "blue") else column
+    lines = [f"property {'float' if kind == '<f4' else 'uchar'} {name}" for name, kind in names]
+    header = "\n".join(["ply", "format binary_little_endian 1.0", f"element vertex {len(table)}",
+                        *lines, "end_header", ""])
+    write(path, lambda file: file.write(header.encode() + table.tobytes()))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1050,6 +1114,22 @@ def run_demo(model, out, seed):
     run_inpaint(model, out, seed, steps=20, fillings=2, name="demo_inpaint")
 
 
+def run_export(model, out, seed, image=None, count=4):
+    """Scenes, generated or from a picture, as coloured point clouds for Blender or MeshLab."""
+    if image is None:
+        _, planes = generate(model, turn_poses(model, 0, count), seed=seed)
+    else:
+        planes = reconstruct(model, read_image(image, model.config.resolution,
+                                               model.config.background)[None].to(
+                                                   model.background.device))
+    azimuths = torch.arange(0, 360, 30.0, device=model.background.device)
+    poses = torch.cat([orbit(azimuths, e, model.config.radius) for e in (-20.0, 20.0, 60.0)])
+    for i in range(len(planes)):
+        path = Path(out) / f"export_{i + 1}.ply"
+        save_ply(path, *surface_points(model, planes[i:i + 1], poses))
+        print(f"wrote {path}")
+
+
 def run_evaluate(model, out, seed, data=None, scenes=64, views=5, t_r=0, json=False):
     """PSNR and SSIM of reconstructions of held-out scenes, beside what needs no 3D."""
     held_out = load(data or model.config.data, scenes, views, model.config.resolution,
@@ -1066,7 +1146,8 @@ def run_train(**fields):
 
 
 COMMANDS = {"demo": run_demo, "train": run_train, "generate": run_generate,
-            "reconstruct": run_reconstruct, "inpaint": run_inpaint, "evaluate": run_evaluate}
+            "reconstruct": run_reconstruct, "inpaint": run_inpaint, "evaluate": run_evaluate,
+            "export": run_export}
 HELP = {    # an option, its type where the default does not tell, what it is
     "checkpoint": (str, "a file, or a name in checkpoints/"),
     "out": (str, "folder for what is written"),
@@ -1120,6 +1201,8 @@ def main(argv=None):
     """Run one command; what the user can mend is said in one sentence, with exit code 2."""
     command, args = parse(argv)
     try:
+        for name, value in args.items():
+            check_range(name, value)
         if command != "train":
             args["model"] = load_checkpoint(args.pop("checkpoint"), pick_device(args.pop("device")))
         COMMANDS[command](**args)

@@ -1,7 +1,7 @@
-"""Tests in the order of what they test: first data.py, then renderdiffusion.py from top to bottom.
+"""Tests, in the order of what they test: data.py, then renderdiffusion.py from top to bottom.
 
-    pytest              # about a minute on two cores; neither a GPU nor the network is needed
-    SLOW=1 pytest       # and the slow ones: trained weights on many scenes, two processes, README.md
+    pytest              # about a minute and a half on two cores; needs no GPU and no network
+    SLOW=1 pytest       # and the slow ones: two processes, README.md, more of the shipped weights
 
 Everything is compared with something known: a closed form, a plain loop, a direct computation.
 """
@@ -15,7 +15,9 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,8 +26,9 @@ from PIL import Image
 
 import data
 import renderdiffusion as rd
-from data import (BOX, CYLINDER, EMPTY, SETS, SPHERE, Draw, Scenes, camera_rays, load, orbit,
-                  random_poses, random_scenes, synthetic, trace)
+from data import (BOX, CLEVR_COLORS, CLEVR_NAMES, CLEVR_SCALE, CYLINDER, EMPTY, SETS, SPHERE, Draw,
+                  Scenes, camera_rays, load, load_clevr, load_clevr567, load_folder, load_srn,
+                  orbit, random_poses, random_scenes, solve_clevr_camera, synthetic, trace)
 from renderdiffusion import (Config, NoiseSchedule, RadianceMLP, RenderDiffusion, composite,
                              evaluate, generate, inpaint, load_checkpoint, psnr, reconstruct,
                              repaint_schedule, sample_triplanes, save_checkpoint, ssim, train)
@@ -35,6 +38,8 @@ SHIPPED, README = HERE / "checkpoints" / "clevr1.pt", HERE / "README.md"
 slow = pytest.mark.skipif(os.environ.get("SLOW") != "1", reason="slow: set SLOW=1")
 shipped = pytest.mark.skipif(not SHIPPED.exists(), reason="no checkpoints/clevr1.pt yet")
 
+
+# data.py: scenes by hand ------------------------------------------------------------------------
 
 def make_scene(*primitives, ground=-0.5, light=(-1.0, -1.0, 2.8284)):
     """One scene of (kind, 3x3 axes in columns, center, color, shine)."""
@@ -57,9 +62,7 @@ def ground_depth(poses, focal, side, ground):
     return torch.where(direction[..., 2] < 0, depth, math.inf).view(-1, side, side)
 
 
-# ------------------------------------------------------------------------------------------------
-# Cameras
-# ------------------------------------------------------------------------------------------------
+# Cameras ----------------------------------------------------------------------------------------
 
 def test_orbit_looks_at_its_target():
     target = torch.tensor([0.1, -0.2, 0.3])
@@ -92,9 +95,7 @@ def test_rays_agree_with_a_pinhole_projection():
     np.testing.assert_allclose(pixels[1] / pixels[2], rows + 0.5, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------
-# The ray tracer
-# ------------------------------------------------------------------------------------------------
+# The ray tracer ---------------------------------------------------------------------------------
 
 def test_sphere_agrees_with_the_closed_form():
     center, r, side, focal, ground = torch.tensor([0.2, -0.1, 0.05]), 0.4, 48, 1.6, -0.5
@@ -270,9 +271,7 @@ def test_anti_aliasing_is_the_mean_of_a_finer_picture():
     assert torch.allclose(coarse, fine.view(3, 1, 3, 16, 3, 16, 3).mean((4, 6)), atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------
-# The built-in sets
-# ------------------------------------------------------------------------------------------------
+# The built-in sets ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", list(SETS))
 def test_a_batch_equals_one_by_one(name):
@@ -371,9 +370,588 @@ def test_wrong_arguments_are_answered_with_what_to_do():
     assert views.images.shape == (2, 3, 3, 8, 8) and views.scale == 1
 
 
+# data.py: real datasets, in files that the tests write as the originals are -----------------------
+
+POINT = (0.25, -0.1, 0.15)              # the centre of a small red sphere, in cube units
+WHITE = (1.0, 1.0, 1.0)
+FLIP = np.diag([1.0, -1, -1, 1])        # OpenCV's axes to OpenGL's
+
+
+def red_sphere(scenes=1):
+    """A red sphere at POINT and a blue box on white ground."""
+    to_world = torch.zeros(2, 3, 4)
+    to_world[0, :, :3] = 0.1 * torch.eye(3)
+    to_world[1, :, :3] = torch.diag(torch.tensor([0.2, 0.1, 0.15]))
+    to_world[:, :, 3] = torch.tensor([POINT, (-0.3, 0.2, -0.15)])
+    color = torch.tensor([[1.0, 0, 0], [0, 0, 1.0]])
+    fields = torch.tensor([SPHERE, BOX]), to_world, color, torch.zeros(2)
+    return Scenes(*(f.expand(scenes, *f.shape) for f in fields), -0.3, WHITE)
+
+
+def cameras(views, scenes=1, radius=2.6):
+    """Poses (N, V, 4, 4) from all sides."""
+    i = torch.arange(scenes * views).view(scenes, views)
+    return orbit(20 + 80.0 * i, 25 + 7.0 * (i % 4), radius + 0.05 * i)
+
+
+def pictures(poses, focal, side):
+    """8-bit pictures (N, V, side, side, 3) of `red_sphere`."""
+    images = trace(red_sphere(len(poses)), poses, focal, side, depth=False)[0]
+    return ((images + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2).numpy()
+
+
+def save(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+def opaque(image):
+    """With an alpha of 255, as both ShapeNet-SRN and CLEVR have it."""
+    return np.dstack([image, np.full(image.shape[:2], 255, np.uint8)])
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def project(point, pose, focal, side):
+    """The pixel (column, row) that shows a point: where its ray among `camera_rays` would be."""
+    origin, direction = (x[0].double() for x in camera_rays(pose[None], focal, side))
+    along = torch.as_tensor(point) - origin
+    angle = torch.linalg.cross(along, direction).norm(dim=-1) / along.norm(dim=-1)
+    near = angle.argsort()[:9]                  # sub-pixel: a plane through the nearest directions
+    pixels = torch.stack([near % side + 0.5, near // side + 0.5, torch.ones(9)], 1).double()
+    into = pose[:3, 2].double()
+    ray = direction[near] / (direction[near] @ into)[:, None]
+    slope = torch.linalg.lstsq(torch.cat([ray @ pose[:3, :2].double(), torch.ones(9, 1)], 1),
+                               pixels[:, :2]).solution
+    target = along[0] / (along[0] @ into)
+    return torch.cat([target @ pose[:3, :2].double(), torch.ones(1)]) @ slope
+
+
+def red_pixels(image):
+    """The centroid (column, row) of what is red in an image (3, S, S)."""
+    r, g, b = (image.double() + 1) / 2
+    red = ((g + b < r) & (r > 0.2)).double()            # by hue: one side of the sphere is darker
+    at = torch.arange(image.shape[-1]) + 0.5
+    return torch.stack([(red.sum(0) * at).sum(), (red.sum(1) * at).sum()]) / red.sum()
+
+
+def check(views, poses, tolerance=0.35):
+    """The loaded cameras are these, show POINT where it is, and give the pictures back."""
+    side = views.images.shape[-1]
+    assert torch.allclose(views.poses, poses, atol=2e-5)
+    again = trace(red_sphere(len(views)), views.poses, views.focal, side, 3, depth=False)[0]
+    assert (again - views.images).abs().mean() < 0.02
+    for image, pose in zip(views.images.flatten(0, 1), views.poses.flatten(0, 1)):
+        expected = project(POINT, pose, views.focal, side)
+        assert (red_pixels(image) - expected).norm() < tolerance        # in pixels
+
+
 # ------------------------------------------------------------------------------------------------
-# renderdiffusion.py: small models, and what stands in for their parts
+# ShapeNet-SRN
 # ------------------------------------------------------------------------------------------------
+
+def write_srn(folder, scenes, views, start=0, head="131.25 64.0 64.0 0.\n0. 0. 0.\n1.\n128 128\n"):
+    poses = cameras(views, start + scenes)[start:]
+    for i, (some, images) in enumerate(zip(poses, pictures(poses, 131.25 / 128, 128))):
+        scene = folder / f"{start + i:032x}"
+        write(scene / "intrinsics.txt", head)
+        for v, (pose, image) in enumerate(zip(some.double().numpy(), images)):
+            pose = pose.copy()
+            pose[:3, 3] *= 0.5                                  # objects are within 0.5 there
+            save(scene / "rgb" / f"{v:06d}.png", opaque(image))
+            write(scene / "pose" / f"{v:06d}.txt", " ".join(f"{x:.9f}" for x in pose.ravel()))
+    return poses
+
+
+@pytest.fixture(scope="module")
+def srn(tmp_path_factory):
+    root = tmp_path_factory.mktemp("srn")
+    poses = write_srn(root / "cars_train", 3, 4)
+    held_out = write_srn(root / "cars_test", 2, 4, start=3)
+    return root, poses, held_out
+
+
+def test_srn(srn):
+    root, poses, held_out = srn
+    views = load(str(root), resolution=128)
+    assert views.images.shape == (3, 4, 3, 128, 128) and views.name == "cars_train"
+    assert views.focal == 131.25 / 128 and views.scale == 0.5
+    assert torch.equal(views.background, torch.ones(3))
+    check(views, poses)
+    check(load_srn(root, resolution=64), poses)                     # resized: the same cameras
+    check(load_srn(root, seed=-1, resolution=128), held_out)        # held out: the test split
+    check(load_srn(root / "cars_test", resolution=128), held_out)   # a single split is that split
+    check(load(root / "cars_test" / f"{3:032x}", resolution=128), held_out[:1])
+
+
+@pytest.mark.parametrize("head", ["525.0 256.0 256.0 0.\n0. 0. 0.\n1.\n512 512\n",
+                                  "525.0 256.0 256.0 0.\n0. 0. 0.\n1.\n128 128\n",
+                                  "131.25 64.0 64.0 0.\n0. 0. 0.\n1.\n128 128\n0\n"])
+def test_srn_archives_differ(tmp_path, head):
+    poses = write_srn(tmp_path / "chairs_train" / "chairs_2.0_train", 1, 2, head=head)
+    views = load(tmp_path, resolution=128)
+    assert views.focal == 131.25 / 128
+    check(views, poses)
+
+
+def test_subsets(srn, monkeypatch):
+    """Some scenes and views are read without the rest; a start differs from scene to scene."""
+    root, poses, _ = srn
+    opened, text = [], data.Path.read_text
+    monkeypatch.setattr(data, "open_picture", lambda path, open=data.open_picture:
+                        opened.append(path) or open(path))
+    monkeypatch.setattr(data.Path, "read_text", lambda path: opened.append(path) or text(path))
+    views = load_srn(root, scenes=2, views=3, resolution=16)
+    assert views.images.shape == (2, 3, 3, 16, 16)
+    pngs = [f for f in opened if f.suffix == ".png"]
+    assert len(pngs) == len(set(pngs)) == 6
+    assert len([f for f in opened if f.parent.name == "pose"]) == 6
+    assert len({f.parent.parent for f in opened} - {f.parent for f in pngs}) <= 4
+    assert {f.parent.parent.name for f in pngs} == {f"{i:032x}" for i in range(2)}
+    for some, every in zip(views.poses, poses):             # distinct views of the right scene
+        match = (some[:, None] - every[None]).abs().amax((-1, -2)) < 1e-4
+        assert (match.sum(1) == 1).all() and match.sum(0).max() == 1
+    one = [load_srn(root, views=1, resolution=8, seed=seed).poses for seed in range(8)]
+    assert len({tuple(p[:, 0, 0, 3].tolist()) for p in one}) > 3
+    again = load_srn(root, scenes=1, views=3, resolution=16)
+    assert torch.equal(again.images[0], views.images[0])    # whatever the count of scenes
+
+
+def test_more_than_there_is(srn, capsys):
+    views = load_srn(srn[0], scenes=9, views=9, resolution=8)
+    assert views.images.shape[:2] == (3, 4)
+    assert "3 scenes of 4 views are all there are" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------
+# NMR
+# ------------------------------------------------------------------------------------------------
+
+def write_nmr(root, ids, views=4, inverse=True, masks=True):
+    poses, focal = cameras(views, len(ids)), 1.866
+    z_to_y_up = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]])
+    for i, images in zip(ids, pictures(poses, focal, 64)):
+        arrays = {}
+        for v, image in enumerate(images):
+            pose = poses[ids.index(i), v].double().numpy().copy()
+            pose[:3, 3] *= 0.5
+            pose = z_to_y_up @ pose
+            arrays[f"world_mat_{v}"] = np.linalg.inv(pose)[:4 if inverse else 3]
+            if inverse:
+                arrays[f"world_mat_inv_{v}"] = pose
+            arrays[f"camera_mat_{v}"] = np.diag([2 * focal, 2 * focal, 1, 1])
+            mask = (image.min(-1) < 250).astype(np.uint8) * 255
+            if masks:
+                image = image * (mask[..., None] > 0)       # black outside: the mask makes it white
+                save(root / i / "mask" / f"{v:04d}.png", mask)
+            save(root / i / "image" / f"{v:04d}.png", image)
+        np.savez(root / i / "cameras.npz", **arrays)
+    return poses
+
+
+@pytest.mark.parametrize("inverse, masks", [(True, True), (False, False)])
+def test_nmr(tmp_path, inverse, masks):
+    root, ids = tmp_path / "02958343", ["aa", "bb", "cc"]
+    poses = write_nmr(root, ids, inverse=inverse, masks=masks)
+    write(root / "softras_train.lst", "cc\nnot_downloaded\nbb\n")
+    write(root / "softras_test.lst", "aa\n")
+    for path in (root, tmp_path):
+        views = load(path, resolution=64)
+        assert views.focal == pytest.approx(1.866) and views.scale == 0.5
+        check(views, poses[[2, 1]])
+        check(load(path, seed=-1), poses[:1])
+
+
+# ------------------------------------------------------------------------------------------------
+# CLEVR-567
+# ------------------------------------------------------------------------------------------------
+
+def test_clevr567(tmp_path):
+    poses = cameras(4, 2)
+    for i, images in enumerate(pictures(poses, 350 / 320, 320)):
+        for v, image in enumerate(images):
+            pose = poses[i, v].double().numpy().copy()
+            pose[:3, 3] *= CLEVR_SCALE
+            name = f"{4 * i + v:05d}_sc{i:04d}_az{v:02d}"
+            squeezed = Image.fromarray(image[40:280]).resize((128, 128), Image.Resampling.BOX)
+            save(tmp_path / f"{name}.png", np.array(squeezed))
+            save(tmp_path / f"{name}_mask.png", np.array(squeezed))
+            np.savetxt(tmp_path / f"{name}_RT.txt", pose)
+            np.savetxt(tmp_path / f"{name}_azi_rot.txt", np.eye(3))
+    views = load(tmp_path, resolution=96)
+    assert views.focal == pytest.approx(350 / 240)
+    check(views, poses)
+    assert load_clevr567(tmp_path, scenes=1, views=2, resolution=8).images.shape[:2] == (1, 2)
+
+
+# ------------------------------------------------------------------------------------------------
+# Your own pictures
+# ------------------------------------------------------------------------------------------------
+
+def frames(poses, scale, name="./pictures/r_{}"):
+    """Frames of a transforms.json, in OpenGL's axes."""
+    made = []
+    for v, pose in enumerate(poses.double().numpy().copy()):
+        pose[:3, 3] *= scale
+        made.append({"file_path": name.format(v), "transform_matrix": (pose @ FLIP).tolist()})
+    return made
+
+
+def test_folder_as_blender_writes_it(tmp_path):
+    """Names without .png, the angle alone, pictures wider than high, alpha."""
+    poses, focal, side = cameras(5), 1.1, 120
+    for v, image in enumerate(pictures(poses, focal, side)[0]):
+        sky = image.min(-1) > 250
+        image[sky] = 0                                          # seen where alpha is forgotten
+        rgba = np.dstack([image, np.where(sky, 0, 255).astype(np.uint8)])
+        save(tmp_path / "pictures" / f"r_{v}.png", rgba[10:-10])
+    about = {"camera_angle_x": 2 * math.atan(0.5 / focal), "frames": frames(poses[0], 3.0)}
+    write(tmp_path / "transforms_train.json", json.dumps({**about, "frames": about["frames"][:3]}))
+    write(tmp_path / "transforms_test.json", json.dumps({**about, "frames": about["frames"][3:]}))
+    views = load_folder(tmp_path, resolution=96, scale=3.0)
+    assert views.focal == pytest.approx(focal * 120 / 100)
+    check(views, poses[:, :3])
+    check(load_folder(tmp_path, seed=-1, resolution=96, scale=3.0), poses[:, 3:])
+    views = load(tmp_path, resolution=96)
+    assert views.scale == pytest.approx(3 * 2.65 * 0.5 / views.focal, rel=0.01)
+    assert load(tmp_path, seed=-1, resolution=96).scale == views.scale
+    assert torch.allclose(views.poses[..., :3, 3] * views.scale, poses[:, :3, :3, 3] * 3, atol=1e-4)
+    assert load(tmp_path / "transforms_test.json", resolution=8).images.shape[:2] == (1, 2)
+
+
+def test_folder_with_a_principal_point_off_the_middle(tmp_path):
+    """Several scenes, frames with their own intrinsics, JPEG, pictures smaller than stated."""
+    poses, focal, side = cameras(3, 2), 1.2, 160
+    for i, images in enumerate(pictures(poses, focal, side)):
+        scene = tmp_path / "train" / f"scene_{i}"
+        made = frames(poses[i], 2.0, "images/{}.jpg")
+        for v, image in enumerate(images):
+            left, top = 4 * v, 10 + 6 * v                       # what the picture lacks
+            picture = Image.fromarray(image[top:-4, left:-8])
+            made[v] |= {"w": 4 * picture.width, "h": 4 * picture.height, "fl_x": 4 * focal * side,
+                        "cx": 4 * (side / 2 - left), "cy": 4 * (side / 2 - top)}
+            (scene / "images").mkdir(parents=True, exist_ok=True)
+            picture.save(scene / "images" / f"{v}.jpg", quality=98)
+        write(scene / "transforms.json", json.dumps({"frames": made}))
+    views = load_folder(tmp_path, resolution=116, scale=2.0)
+    assert views.focal == pytest.approx(focal * side / (side - 2 * 22))     # top = 22 is the worst
+    check(views, poses)
+    made[1]["cx"] = -3
+    write(scene / "transforms.json", json.dumps({"frames": made}))
+    with pytest.raises(ValueError, match="1.jpg: no crop has the principal point in the middle"):
+        load(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------
+# CLEVR
+# ------------------------------------------------------------------------------------------------
+
+def simulated_scene(rng, count, split="val", index=0):
+    """A scene of CLEVR's generator as its json has it, and the camera's centre."""
+    center = np.array([7.48113, -6.50764, 5.34367]) + rng.uniform(-0.5, 0.5, 3)
+    into = -center / np.linalg.norm(center)
+    right = np.cross(into, [0, 0, 1]) / np.linalg.norm(np.cross(into, [0, 0, 1]))
+    down, objects = np.cross(into, right), []
+    while len(objects) < count:
+        size = rng.choice([0.35, 0.7])
+        shape, name = rng.choice(["cube", "sphere", "cylinder"]), CLEVR_NAMES[len(objects) % 8]
+        half = size / math.sqrt(2) if shape == "cube" else size
+        at = np.float32([*rng.uniform(-3, 3, 2), half])
+        if any(np.hypot(*(at[:2] - o["3d_coords"][:2])) < half + o["3d_coords"][2] + 0.25
+               for o in objects):
+            continue
+        x, y, z = np.stack([right, down, into]) @ (at.astype(float) - center)
+        pixel = [round(240 + 525 * x / z), round(160 + 525 * y / z), float(np.float32(z))]
+        objects.append({"shape": str(shape), "size": "large" if size == 0.7 else "small",
+                        "color": name, "material": str(rng.choice(["rubber", "metal"])),
+                        "3d_coords": at.tolist(), "pixel_coords": pixel,
+                        "rotation": rng.uniform(0, 360)})
+    return {"image_index": index, "image_filename": f"CLEVR_{split}_{index:06d}.png",
+            "split": split, "objects": objects, "directions": {"right": [0.65, 0.75, -0.0]},
+            "relationships": {"left": [[] for _ in objects]}}, center
+
+
+def write_clevr(root, scenes, split="val"):
+    info = {"split": split, "license": "CC BY 4.0", "version": "1.0", "date": "2/14/2017"}
+    write(root / "scenes" / f"CLEVR_{split}_scenes.json",
+          json.dumps({"info": info, "scenes": scenes}))
+
+
+@pytest.mark.parametrize("count", [3, 4, 6, 10])
+def test_clevr_camera(count):
+    rng, errors = np.random.default_rng(count), []
+    for _ in range(40):
+        scene, center = simulated_scene(rng, count)
+        pose, error = solve_clevr_camera(scene["objects"])
+        errors.append(np.linalg.norm(pose[:3, 3] - center))
+        assert error < 0.5 and np.allclose(pose[:3, :3].T @ pose[:3, :3], np.eye(3))
+    assert np.median(errors) < 5e-4
+
+
+@pytest.mark.parametrize("corrupt", [
+    lambda o, rng: o["pixel_coords"].__setitem__(0, o["pixel_coords"][0] + 30),
+    lambda o, rng: o["pixel_coords"].__setitem__(2, o["pixel_coords"][2] + 0.5),
+    lambda o, rng: o["3d_coords"].__setitem__(slice(0, 2), rng.uniform(-3, 3, 2))])
+def test_clevr_camera_despite_a_bad_object(corrupt):
+    rng, errors = np.random.default_rng(0), []
+    for i in range(30):
+        scene, center = simulated_scene(rng, 4 + i % 7)
+        corrupt(scene["objects"][i % 4], rng)
+        pose, _ = solve_clevr_camera(scene["objects"])
+        errors.append(np.linalg.norm(pose[:3, 3] - center))
+    assert np.median(errors) < 5e-4 and max(errors) < 0.05
+
+
+def test_clevr(tmp_path, capsys):
+    """Pictures of the red sphere from where the generator's camera was; one scene does not fit."""
+    rng = np.random.default_rng(1)
+    scenes, centers = zip(*(simulated_scene(rng, 5, index=i) for i in range(5)))
+    for o in scenes[1]["objects"][:3]:
+        o["pixel_coords"][0] += int(rng.integers(20, 60))
+    poses = torch.stack([torch.from_numpy(data.looking_at_origin(c)) for c in centers]).float()
+    poses[:, :3, 3] /= CLEVR_SCALE
+    for scene, picture in zip(scenes[:4], pictures(poses[:4, None], 525 / 480, 480)[:, 0]):
+        save(tmp_path / "images" / "val" / scene["image_filename"], opaque(picture[80:400]))
+    write_clevr(tmp_path, scenes)                               # the last has no picture
+    views = load(tmp_path, resolution=128)
+    assert "skipped 1 scenes" in capsys.readouterr().err
+    assert views.focal == pytest.approx(525 / 320) and views.scale == CLEVR_SCALE
+    assert (views.background > 0.98).all()                      # the ground, here white
+    assert torch.allclose(views.poses[:, 0], poses[[0, 2, 3]], atol=2e-3)
+    check(views, views.poses)
+    assert len(load_clevr(tmp_path, scenes=2, resolution=8)) == 2
+
+
+def test_clevr_layouts(tmp_path):
+    """A scene's file alone is enough for pictures: each object is where, and what, it should be."""
+    rng = np.random.default_rng(2)
+    scenes = [simulated_scene(rng, n, index=n)[0] for n in (3, 9, 5)]
+    write_clevr(tmp_path, scenes)
+    file = tmp_path / "scenes" / "CLEVR_val_scenes.json"
+    views = load(str(file), scenes=2, views=2, resolution=64)
+    assert views.images.shape == (2, 2, 3, 64, 64) and views.depth.shape == (2, 2, 64, 64)
+    assert torch.equal(load(tmp_path, 2, 2).images, views.images)           # without images/
+    assert not torch.equal(load(file, 2, 2, seed=3).poses, views.poses)
+    (tmp_path / "my_scenes.json").write_text(file.read_text())
+    assert torch.equal(load(tmp_path / "my_scenes.json", 2, 2).images, views.images)
+    for n, scene in enumerate(scenes[:2]):
+        kind, to_world, color, shine = data.clevr_primitives(scene["objects"])
+        for k, o in enumerate(scene["objects"]):
+            assert to_world[k, 2, 3] * CLEVR_SCALE == pytest.approx(o["3d_coords"][2])
+            assert shine[k].item() == pytest.approx(0.35 * (o["material"] == "metal"))
+            assert color[k].tolist() == pytest.approx(CLEVR_COLORS[CLEVR_NAMES.index(o["color"])])
+            x_axis = to_world[k, :2, 0] / to_world[k, :2, 0].norm()
+            turn = [math.cos(o["rotation"]), math.sin(o["rotation"])]
+            assert x_axis.tolist() == pytest.approx(turn, abs=1e-4)
+        origin, direction = camera_rays(views.poses[n], views.focal, 64)
+        hit = origin + direction * views.depth[n].view(2, -1, 1)
+        hit = hit[(hit[..., 2] > 0.01) & hit.isfinite().all(-1)] * CLEVR_SCALE  # not the ground
+        centers = torch.tensor([o["3d_coords"] for o in scene["objects"]])
+        reach = centers[:, 2] * torch.tensor([{"cube": 3, "cylinder": 2, "sphere": 1}[o["shape"]]
+                                              for o in scene["objects"]]).sqrt()
+        assert ((hit[:, None] - centers).norm(dim=-1) < reach + 0.01).any(-1).all()
+        assert len(hit) > 50
+
+
+def test_clevr_files_are_read_in_part(tmp_path):
+    scenes = [simulated_scene(np.random.default_rng(i), 8, index=i)[0] for i in range(40)]
+    write_clevr(tmp_path, scenes)
+    file = tmp_path / "scenes" / "CLEVR_val_scenes.json"
+    assert list(data.json_items(file, "scenes")) == scenes
+    file.write_text(file.read_text()[:-300] + "damaged")
+    assert len(load(file, scenes=4, resolution=8)) == 4         # the end is not looked at
+    with pytest.raises(ValueError, match="CLEVR_val_scenes.json has no list 'scenes', or is cut"):
+        load(file, resolution=8)
+
+
+# ------------------------------------------------------------------------------------------------
+# Bad input: one sentence that names the file
+# ------------------------------------------------------------------------------------------------
+
+def damage(kind, scene):
+    """Damages an SRN scene; what the message says of it."""
+    picture, pose = scene / "rgb" / "000001.png", scene / "pose" / "000001.txt"
+    if kind == "no intrinsics":
+        (scene / "intrinsics.txt").unlink()
+        return FileNotFoundError, "intrinsics.txt"
+    if kind == "short intrinsics":
+        (scene / "intrinsics.txt").write_text("131 64 64 0\n0 0 0\n")
+        return ValueError, "intrinsics.txt should hold 10 numbers"
+    if kind == "no rotation":
+        pose.write_text(pose.read_text().replace("0.000000000", "0.5", 1))
+        return ValueError, "pose of .*000001.png is not a rotation and a position"
+    if kind == "mirror":
+        rows = pose.read_text().split()
+        pose.write_text(" ".join(str(-float(x)) if i % 4 == 0 else x for i, x in enumerate(rows)))
+        return ValueError, "pose of .*000001.png is not a rotation and a position"
+    if kind == "not finite":
+        pose.write_text(" ".join(["nan"] * 16))
+        return ValueError, "pose of .*000001.png is not a rotation"
+    if kind == "words":
+        pose.write_text("a pose")
+        return ValueError, "000001.txt should hold 16 numbers"
+    if kind == "a pose less":
+        pose.unlink()
+        return ValueError, f"{scene.name} .*2 pictures and 1 poses do not match"
+    if kind == "truncated":
+        picture.write_bytes(picture.read_bytes()[:900])
+        return ValueError, "000001.png is no picture, or is damaged"
+    if kind == "mixed sizes":
+        Image.open(picture).resize((100, 60)).save(picture)
+        return ValueError, "000001.png is 100 x 60 pixels, which does not fit"
+    for f in (*scene.glob("rgb/*"), *scene.glob("pose/*")):
+        f.unlink()
+    return FileNotFoundError, f"no pictures in .*{scene.name}"
+
+
+@pytest.mark.parametrize("kind", ["no intrinsics", "short intrinsics", "no rotation", "mirror",
+                                  "not finite", "words", "a pose less", "truncated",
+                                  "mixed sizes", "empty"])
+def test_damaged_scene(tmp_path, kind):
+    write_srn(tmp_path, 1, 2)
+    error, message = damage(kind, tmp_path / f"{0:032x}")
+    with pytest.raises(error, match=message) as caught:
+        load(tmp_path, resolution=16)
+    assert "\n" not in str(caught.value)
+
+
+def test_scenes_with_fewer_views(tmp_path):
+    write_srn(tmp_path, 1, 3)
+    write_srn(tmp_path, 1, 2, start=1)
+    with pytest.raises(ValueError, match=f"{1:032x} has 2 views, and other scenes 3"):
+        load(tmp_path, resolution=16)
+    assert load(tmp_path, views=2, resolution=16).images.shape[:2] == (2, 2)
+
+
+def test_sizes_and_depths_of_pictures(tmp_path):
+    """Larger pictures of the same shape, 16 bits and grey are no error."""
+    write_srn(tmp_path, 1, 3)
+    before = load(tmp_path, resolution=32).images
+    rgb = tmp_path / f"{0:032x}" / "rgb"
+    large = Image.open(rgb / "000000.png").resize((256, 256), Image.Resampling.BICUBIC)
+    large.save(rgb / "000000.png")
+    grey = Image.open(rgb / "000001.png").convert("L")
+    grey.save(rgb / "000001.png")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(rgb / "000002.png")
+    views = load(tmp_path, resolution=32)
+    assert (views.images[0, 0] - before[0, 0]).abs().mean() < 0.02
+    assert torch.equal(views.images[0, 1], views.images[0, 2])
+    assert torch.equal(views.images[0, 1, 0], views.images[0, 1, 1])
+
+
+def test_nmr_without_a_camera(tmp_path):
+    write_nmr(tmp_path, ["aa"], views=2)
+    np.savez(tmp_path / "aa" / "cameras.npz", world_mat_0=np.eye(4), camera_mat_0=np.eye(4))
+    with pytest.raises(ValueError, match="aa .*world_mat_1"):
+        load(tmp_path)
+    (tmp_path / "aa" / "cameras.npz").write_text("no archive")
+    with pytest.raises(ValueError, match="aa "):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("{", "transforms.json is not as expected"),
+    ('{"camera_angle_x": 1}', "transforms.json .*frames"),
+    ('{"frames": [{"file_path": "a.png", "transform_matrix": []}], "w": 4, "h": 4}',
+     "transforms.json .*camera_angle_x"),
+    ('{"frames": []}', "no pictures in .*transforms.json"),
+    ('{"frames": [{"file_path": "a"}], "camera_angle_x": 1}', "there is no picture .*a")])
+def test_bad_transforms(tmp_path, text, message):
+    write(tmp_path / "transforms.json", text)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load(tmp_path)
+
+
+def test_bad_clevr(tmp_path):
+    scene, _ = simulated_scene(np.random.default_rng(0), 3)
+    file = tmp_path / "scenes" / "CLEVR_val_scenes.json"
+    for key, value in (("color", "pink"), ("shape", "cone"), ("3d_coords", [0, 0, -1])):
+        write_clevr(tmp_path, [{**scene, "objects": [{**scene["objects"][0], key: value}]}])
+        with pytest.raises(ValueError, match="CLEVR_val_scenes.json is not as expected"):
+            load(file)
+    del scene["objects"][1]["rotation"]
+    write_clevr(tmp_path, [scene])
+    with pytest.raises(ValueError, match="CLEVR_val_scenes.json is not as expected.*rotation"):
+        load(file)
+    write_clevr(tmp_path, [])
+    with pytest.raises(ValueError, match="no scenes in .*CLEVR_val_scenes.json"):
+        load(file)
+
+
+def test_unknown_paths(tmp_path):
+    with pytest.raises(ValueError, match="neither a built-in set .*clevr1.* nor a path"):
+        load("clevr2")
+    with pytest.raises(ValueError, match="no known format; looked for .*rgb .ShapeNet-SRN"):
+        load(tmp_path)
+    (tmp_path / "cars_train").mkdir()
+    (tmp_path / "chairs_train").mkdir()
+    with pytest.raises(ValueError, match="has cars_train and chairs_train: name one"):
+        load_srn(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no scenes in"):
+        load_srn(tmp_path / "cars_train")
+    with pytest.raises(FileNotFoundError, match="CLEVR_train_scenes.json"):
+        load_clevr(tmp_path)
+    assert len(load("clevr1", 2, resolution=8)) == 2
+
+
+# ------------------------------------------------------------------------------------------------
+# README.md's recipes
+# ------------------------------------------------------------------------------------------------
+
+COLMAP = """
+import json, numpy as np
+rows = lambda name: [line.split() for line in open(name) if line[0] != "#"]
+images, poses = rows("images.txt")[::2], []
+for a, x, y, z, *t in (np.float64(row[1:8]) for row in images):     # a quaternion and a shift
+    K = np.cross(np.eye(3), [x, y, z])
+    R = np.eye(3) + 2 * a * K + 2 * K @ K                           # world to camera
+    poses.append(np.r_[np.c_[R.T, -R.T @ t], [[0, 0, 0, 1]]])
+poses = np.array(poses)
+right, down, into, center = poses[:, :3].transpose(2, 0, 1)
+off = np.eye(3) - into[:, :, None] * into[:, None]      # the point that all look at: the origin
+center -= np.linalg.solve(off.sum(0), (off @ center[..., None]).sum(0))[:, 0]
+z = np.linalg.svd(right)[2][2]                          # pictures are taken level: z is up
+z *= -np.sign(z @ down.sum(0))
+x = np.cross(into[0], z) / np.linalg.norm(np.cross(into[0], z))
+poses[:, :3] = np.stack([x, np.cross(z, x), z]) @ poses[:, :3]
+about = dict(zip(("w", "h", "fl_x", "fl_y", "cx", "cy"), map(float, rows("cameras.txt")[0][2:])))
+about["frames"] = [{"file_path": f"images/{row[9]}",
+                    "transform_matrix": (pose * [1, -1, -1, 1]).tolist()}
+                   for row, pose in zip(images, poses)]
+json.dump(about, open("transforms.json", "w"))
+"""
+
+
+def test_colmap_recipe(tmp_path, monkeypatch):
+    """COLMAP's text files, in a world of their own, become cameras round the origin, z up."""
+    poses, focal, side = cameras(8, radius=2.6), 1.2, 100
+    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+    turn *= np.linalg.det(turn)
+    lines = ["# Image list with two lines of data per image:"]
+    for v, pose in enumerate(poses[0].double().numpy()):
+        save(tmp_path / "images" / f"{v}.png", pictures(poses[:, v:v + 1], focal, side)[0, 0])
+        R = (turn @ pose[:3, :3]).T                             # world to camera
+        t = -R @ (turn @ pose[:3, 3] * 7 + [3, -2, 9])
+        a = math.sqrt(max(0, 1 + np.trace(R))) / 2
+        x, y, z = np.array([R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]]) / (4 * a)
+        numbers = " ".join(f"{n:.12f}" for n in (a, x, y, z, *t))
+        lines += [f"{v + 1} {numbers} 1 {v}.png", "1.0 2.0 -1 3.0 4.0 7" if v % 2 else ""]
+    write(tmp_path / "images.txt", "\n".join(lines) + "\n")
+    write(tmp_path / "cameras.txt", f"# Camera list\n1 PINHOLE {side} {side} {focal * side} "
+          f"{focal * side} {side / 2} {side / 2}\n")
+    monkeypatch.chdir(tmp_path)
+    exec(COLMAP, {})
+    views = load_folder(tmp_path, resolution=side, scale=7.0)
+    spin = views.poses[0, 0] @ poses[0, 0].inverse()            # about z, which no picture tells
+    assert torch.allclose(spin[2], torch.tensor([0, 0, 1.0, 0]), atol=1e-4)
+    assert torch.allclose(spin @ poses[0], views.poses[0], atol=1e-4)
+    assert torch.allclose(spin[:3, 3], torch.zeros(3), atol=1e-4)
+
+
+# renderdiffusion.py: small models, and what stands in for their parts ---------------------------
 
 TINY = dict(resolution=16, plane_size=16, plane_channels=4, unet_channels=16, mlp_hidden=16,
             samples=8, batch=4, rays=64, steps=4, device="cpu")
@@ -393,31 +971,20 @@ def tiny_model(**changes):
     return model
 
 
-class Field(torch.nn.Module):
-    """Stands in for the MLP: a function of points (B, P, 3) -> density (B, P), colour (B, P, 3)."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, points, features):
-        return self.function(points)
-
-
-def render_field(function, poses=PAIR, **changes):
-    """What a field shows on a background of 0.25 -> rgb (B, 3, S, S) in [0, 1], depth, opacity."""
+def render_field(field, poses=PAIR, **changes):
+    """What a function of points -> density, colour shows on a background of 0.25 -> rgb in [0, 1],
+    depth, opacity; it stands in for planes and MLP."""
     model = tiny_model(background=(-0.5, -0.5, -0.5), **changes)
-    model.mlp = Field(function)
+    model.mlp.forward = lambda points, features: field(points)
     rgb, depth, opacity = model.render(torch.zeros(len(poses), 3, 4, 16, 16), poses)
     return rgb / 2 + 0.5, depth, opacity
 
 
 class Greys:
-    """The exact denoiser of pictures x0 = g + e: one grey g ~ N(0.1, 0.3^2) for all pixels, and
-    e ~ N(0, 0.05^2) for each. Its "planes" are the picture; it notes what it is asked.
+    """The exact denoiser of pictures x0 = g + e: one grey g ~ N(mean, spread^2) for all pixels,
+    e ~ N(0, grain^2) for each. Its "planes" are the picture; it notes what it is asked.
     """
-
-    mean, spread, grain = 0.1, 0.3, 0.05
+    mean, spread, grain = 0.1, 0.2, 0.1
 
     def __init__(self, T=1000):
         self.config, self.schedule = tiny(timesteps=T), NoiseSchedule(T, "cosine")
@@ -434,6 +1001,18 @@ class Greys:
     def render(self, planes, poses, focal=None, resolution=None):
         return planes, planes[:, 0], planes[:, 0]
 
+    def levels(self):
+        """The noise levels it was asked at, which must fall."""
+        levels = [t for t, _ in self.asked]
+        assert levels == sorted(set(levels), reverse=True)
+        return levels
+
+
+def train_quietly(monkeypatch, config, **kwargs):
+    """`train`, without what it evaluates and draws at the end."""
+    monkeypatch.setattr(rd, "health", lambda *_: "")
+    return train(config, **kwargs)
+
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
@@ -443,122 +1022,80 @@ def trained(tmp_path_factory):
     return out / "clevr1.pt"
 
 
-# ------------------------------------------------------------------------------------------------
-# Configuration
-# ------------------------------------------------------------------------------------------------
+# Configuration ----------------------------------------------------------------------------------
 
-BAD_FIELDS = [("resolution", 48), ("resolution", 8), ("resolution", 512), ("plane_size", 40),
-              ("plane_channels", 0), ("unet_channels", 24), ("unet_channels", 0),
-              ("mlp_hidden", 0), ("samples", 0), ("fine_samples", -1), ("timesteps", 0),
-              ("schedule", "cos"), ("loss", "huber"), ("batch", 0), ("batch", 2.5),
-              ("batch", "4"), ("rays", -1), ("steps", 0), ("steps", math.nan), ("minutes", -1.0),
-              ("minutes", math.inf), ("lr", 0.0), ("lr", math.nan), ("ema", 1.0), ("seed", -1),
-              ("scenes", -1), ("views", 0), ("clean", 1.0), ("focal", 0.0), ("resume", "yes"),
-              ("background", (0.0, 0.0)), ("background", (0.0, 0.0, 2.0)), ("data", 3),
-              ("elevation", (0.0, math.nan)), ("radius", -2.7)]
+BAD_FIELDS = dict(
+    data=(3,), resolution=(8, 48, 512), focal=(0.0,), radius=(-2.7,), plane_size=(8, 40),
+    background=((0.0, 0.0), (0.0, 0.0, 2.0)), elevation=((0.0, math.nan),), unet_channels=(0, 24),
+    plane_channels=(0,), mlp_hidden=(0,), samples=(0,), fine_samples=(-1,), timesteps=(0,),
+    schedule=("cos",), loss=("huber",), clean=(1.0,), batch=(0, 2.5, "4"), rays=(-1,), seed=(-1,),
+    steps=(0, math.nan), minutes=(-1.0, math.inf), lr=(0.0, -1.0, math.nan), ema=(1.0,),
+    scenes=(-1,), views=(0,), resume=("yes",))
 
 
-@pytest.mark.parametrize("name, value", BAD_FIELDS)
-def test_a_bad_field_is_named(name, value):
-    with pytest.raises(ValueError, match=rf"{name}\b") as error:
-        Config(**{name: value}).validate()
-    assert "\n" not in str(error.value)
-
-
-def test_defaults_are_valid():
+def test_a_bad_field_is_named_in_one_line():
     assert Config().validate() == Config()
+    for name, value in ((name, value) for name, bad in BAD_FIELDS.items() for value in bad):
+        with pytest.raises(ValueError, match=rf"\A.*\b{name}\b.*\Z"):
+            Config(**{name: value}).validate()
 
 
-# ------------------------------------------------------------------------------------------------
-# Noise schedule
-# ------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("kind", ["cosine", "linear"])
-@pytest.mark.parametrize("T", [1, 10, 1000])
-def test_alpha_bar_goes_from_one_to_nearly_zero(kind, T):
-    kept = NoiseSchedule(T, kind).alpha_bar
-    assert kept.shape == (T + 1,) and kept[0] == 1 and 0 < kept[T] < 0.01
-    assert (kept.diff() < 0).all()
-
-
-def test_alpha_bar_has_the_papers_values():
-    t = np.arange(1001) / 1000
-    f = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
-    np.testing.assert_allclose(NoiseSchedule(1000, "cosine").alpha_bar[:999], (f / f[0])[:999],
-                               rtol=1e-3, atol=1e-7)
-    linear = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
-    np.testing.assert_allclose(NoiseSchedule(1000, "linear").alpha_bar[1:], linear, rtol=1e-3)
-
+# Noise schedule ---------------------------------------------------------------------------------
 
 LEVELS = [(1, 0), (2, 1), (500, 499), (500, 20), (1000, 0), (1000, 999), (1000, 980), (1000, 1)]
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
-@pytest.mark.parametrize("t, s", LEVELS)
-def test_posterior_is_bayes(kind, t, s):
-    """N(x_s; a x0, 1 - ab_s) N(x_t; b x_s, 1 - b^2) as a function of x_s: a product of Gaussians."""
-    schedule = NoiseSchedule(1000, kind)
-    x0, x_t = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64)
-    mean, variance = schedule.posterior(x0, x_t, t, s)
-    ab_t, ab_s = (float(schedule.alpha_bar[i]) for i in (t, s))
-    if s == 0:
-        assert torch.equal(mean, x0) and not variance.any()         # nothing is left to be drawn
-        return
-    precision = 1 / (1 - ab_s) + (ab_t / ab_s) / (1 - ab_t / ab_s)
-    expected = ab_s ** 0.5 * x0 / (1 - ab_s) + (ab_t / ab_s) ** 0.5 * x_t / (1 - ab_t / ab_s)
-    assert torch.allclose(mean.double(), expected / precision, atol=4e-3)
-    assert float(variance.max()) == pytest.approx(1 / precision, rel=4e-3)
-    assert float(variance.min()) == pytest.approx(1 / precision, rel=4e-3)
+def test_alpha_bar_goes_from_one_to_nearly_zero_by_the_papers_values(kind):
+    for T in (1, 2, 10, 1000):
+        kept = NoiseSchedule(T, kind).alpha_bar
+        assert kept.shape == (T + 1,) and kept[0] == 1 and 0 < kept[T] < 0.01
+        assert (kept.diff() < 0).all()
+    cosine = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+    linear = np.cumprod(1 - np.append(0, np.linspace(1e-4, 0.02, 1000)))
+    expected = cosine / cosine[0] if kind == "cosine" else linear
+    np.testing.assert_allclose(kept[:999], expected[:999], rtol=1e-3, atol=1e-7)
 
 
-def coefficients(schedule, t, s, eta=1.0):
+def coefficients(schedule, t, s, eta):
     """The posterior's mean is a x0 + b x_t -> a, b, variance."""
-    one, zero = torch.ones(1, 1), torch.zeros(1, 1)
-    (a, variance), (b, _) = (schedule.posterior(*pair, t, s, eta) for pair in ((one, zero),
-                                                                              (zero, one)))
-    return float(a), float(b), float(variance)
+    x0, x_t = torch.eye(2, dtype=torch.float64)[:, :, None]
+    mean, variance = schedule.posterior(x0, x_t, t, s, eta)
+    return *mean.flatten().tolist(), float(variance.max())
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_steps_of_any_length_keep_the_marginal(eta):
-    schedule = NoiseSchedule(1000)
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_posterior_is_bayes_and_ddim(kind):
+    """N(x_s; sqrt(ab_s) x0, 1 - ab_s) N(x_t; sqrt(r) x_s, 1 - r), a product of Gaussians in x_s."""
+    schedule = NoiseSchedule(1000, kind)
     for t, s in LEVELS:
         ab_t, ab_s = (float(schedule.alpha_bar[i]) for i in (t, s))
-        a, b, variance = coefficients(schedule, t, s, eta)
+        if s == 0:                                          # nothing is left to be drawn
+            assert all(coefficients(schedule, t, s, eta) == (1, 0, 0) for eta in (0.0, 1.0))
+            continue
+        r = ab_t / ab_s
+        precision = 1 / (1 - ab_s) + r / (1 - r)
+        bayes = ab_s ** 0.5 / (1 - ab_s) / precision, r ** 0.5 / (1 - r) / precision, 1 / precision
+        assert coefficients(schedule, t, s, 1.0) == pytest.approx(bayes, rel=2e-3, abs=1e-6)
+        b = ((1 - ab_s) / (1 - ab_t)) ** 0.5                # x_t's own noise, at the level of s
+        ddim = ab_s ** 0.5 - b * ab_t ** 0.5, b, 0.0
+        assert coefficients(schedule, t, s, 0.0) == pytest.approx(ddim, abs=2e-3)
+        a, b, variance = coefficients(schedule, t, s, 0.5)  # q(x_s | x0) comes out, whatever eta
         assert a + b * ab_t ** 0.5 == pytest.approx(ab_s ** 0.5, abs=1e-4)
         assert b * b * (1 - ab_t) + variance == pytest.approx(1 - ab_s, abs=1e-5, rel=1e-3)
-
-
-def test_two_steps_compose_to_one():
-    schedule = NoiseSchedule(1000)
-    for t, u, s in ((1000, 700, 300), (600, 599, 2), (40, 20, 0)):
-        a1, b1, v1 = coefficients(schedule, t, u)
-        a2, b2, v2 = coefficients(schedule, u, s)
-        one_step = coefficients(schedule, t, s)
-        assert (a2 + b2 * a1, b2 * b1, v2 + b2 * b2 * v1) == pytest.approx(one_step, abs=1e-4)
-
-
-def test_eta_zero_is_ddim():
-    schedule = NoiseSchedule(1000)
-    x0, eps = torch.randn(2, 4, 3, 8, 8)
-    for t, s in LEVELS:
-        x_t = schedule.add_noise(x0, t, eps)
-        mean, variance = schedule.posterior(x0, x_t, t, s, eta=0.0)
-        assert not variance.any()
-        assert torch.allclose(mean, schedule.add_noise(x0, s, eps), atol=2e-3)
+        assert variance == pytest.approx(bayes[2] / 4, rel=2e-3)
+    for t, u, s in ((1000, 700, 300), (600, 599, 2), (40, 20, 0)):      # two steps make one
+        (a1, b1, v1), (a2, b2, v2) = (coefficients(schedule, *i, 1.0) for i in ((t, u), (u, s)))
+        both = a2 + b2 * a1, b2 * b1, v2 + b2 * b2 * v1
+        assert both == pytest.approx(coefficients(schedule, t, s, 1.0), abs=1e-4)
 
 
 def test_levels_may_differ_within_a_batch():
     schedule, t, s = NoiseSchedule(1000), torch.tensor([1000, 7, 300]), torch.tensor([3, 0, 299])
     x0, x_t = torch.randn(2, 3, 3, 8, 8)
-    mean, variance = schedule.posterior(x0, x_t, t, s)
-    noisy = schedule.add_noise(x0, t, x_t)
-    for i in range(3):
-        one = x0[i:i + 1], x_t[i:i + 1]
-        single = schedule.posterior(*one, int(t[i]), int(s[i]))
-        assert torch.equal(single[0][0], mean[i])
-        assert torch.equal(single[1].expand(1, 3, 8, 8)[0], variance.expand(3, 3, 8, 8)[i])
-        assert torch.equal(schedule.add_noise(one[0], int(t[i]), one[1])[0], noisy[i])
+    for i, mean in enumerate(schedule.posterior(x0, x_t, t, s)[0]):
+        alone = schedule.posterior(x0[i:i + 1], x_t[i:i + 1], int(t[i]), int(s[i]))[0]
+        assert torch.equal(alone[0], mean)
 
 
 def test_noise_has_the_stated_mean_and_variance():
@@ -572,18 +1109,15 @@ def test_noise_has_the_stated_mean_and_variance():
         assert x_t.var().item() == pytest.approx(1 - kept, rel=0.02)
 
 
-# ------------------------------------------------------------------------------------------------
-# U-Net encoder
-# ------------------------------------------------------------------------------------------------
+# U-Net encoder ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("S, N", [(16, 16), (16, 128), (32, 64), (64, 16), (128, 32), (256, 128)])
 def test_every_size_has_planes_that_depend_on_the_picture_and_on_t(S, N):
-    model = tiny_model(resolution=S, plane_size=N)
-    x_t = torch.randn(1, 3, S, S)
+    model, x_t = tiny_model(resolution=S, plane_size=N), torch.randn(1, 3, S, S)
     planes = model.encode(x_t, 5)
     assert planes.shape == (1, 3, 4, N, N) and planes.isfinite().all()
-    assert not torch.allclose(planes, model.encode(x_t, 900), atol=1e-4)
-    assert not torch.allclose(planes, model.encode(x_t.flip(-1), 5), atol=1e-4)
+    for other in (model.encode(x_t, 900), model.encode(x_t.flip(-1), 5)):
+        assert not torch.allclose(planes, other, atol=1e-4)
 
 
 @pytest.mark.parametrize("S, N", [(16, 16), (16, 64), (64, 32)])
@@ -591,38 +1125,19 @@ def test_gradients_reach_every_parameter(S, N):
     torch.manual_seed(0)
     model = RenderDiffusion(tiny(resolution=S, plane_size=N))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    x_t, target, pixels = torch.randn(2, 3, S, S), torch.randn(2, 50, 3), torch.randint(S * S, (2, 50))
+    x_t, target = torch.randn(2, 3, S, S), torch.randn(2, 50, 3)
     for _ in range(4):              # some weights start at zero and hide others in the first step
         optimizer.zero_grad()
-        (model(x_t, torch.tensor([10, 800]), PAIR, pixels) - target).square().mean().backward()
+        x0_hat = model(x_t, torch.tensor([10, 800]), PAIR, torch.randint(S * S, (2, 50)))
+        (x0_hat - target).square().mean().backward()
         optimizer.step()
-    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert not without
+    assert not [k for k, p in model.named_parameters() if p.grad is None or not p.grad.any()]
 
 
-def test_a_batch_equals_one_by_one_through_the_whole_model():
-    model, x_t, t = tiny_model(), torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
-    planes = model.encode(x_t, t)
-    pictures = model.render(planes, PAIR)
-    whole = model(x_t, t, PAIR)
-    assert torch.equal(whole, pictures[0])
-    for i in range(2):
-        single = model.encode(x_t[i:i + 1], int(t[i]))
-        assert torch.allclose(single, planes[i:i + 1], atol=1e-5)
-        for one, many in zip(model.render(single, PAIR[i:i + 1]), pictures):
-            assert torch.allclose(one, many[i:i + 1], atol=1e-5)
-
-
-def test_a_picture_of_another_size_is_refused():
-    with pytest.raises(ValueError, match="16"):
-        tiny_model().encode(torch.zeros(1, 3, 32, 32), 0)
-
-
-# ------------------------------------------------------------------------------------------------
-# Triplanes and MLP
-# ------------------------------------------------------------------------------------------------
+# Triplanes and MLP ------------------------------------------------------------------------------
 
 def test_triplanes_agree_with_a_loop():
+    """In the order xy, xz, yz; the first axis along a plane's columns."""
     planes = torch.randn(2, 3, 5, 8, 8, dtype=torch.float64)
     points = torch.rand(2, 40, 3, dtype=torch.float64) * 2 - 1
     points[0, 0], points[0, 1] = torch.tensor([1.0, -1.0, 1.0]), torch.tensor([-1.0, 1.0, -1.0])
@@ -637,73 +1152,43 @@ def test_triplanes_agree_with_a_loop():
     assert torch.allclose(sample_triplanes(planes, points), expected)
 
 
-def test_each_plane_sees_its_two_axes_alone():
-    """Ramps, one a channel: along xy's columns and rows, then xz's, then yz's."""
-    planes, ramp = torch.zeros(1, 3, 6, 9, 9), torch.linspace(-1, 1, 9)
-    for plane in range(3):
-        planes[0, plane, 2 * plane], planes[0, plane, 2 * plane + 1] = ramp, ramp[:, None]
-    points = torch.rand(1, 50, 3) * 2 - 1
-    expected = points[..., [0, 1, 0, 2, 1, 2]]
-    assert torch.allclose(sample_triplanes(planes, points), expected, atol=1e-5)
-
-
 def test_mlp_starts_nearly_transparent_and_never_dies():
     torch.manual_seed(0)
-    mlp = RadianceMLP(16, 64)
-    points, features = torch.rand(4, 500, 3) * 2 - 1, torch.randn(4, 500, 16, requires_grad=True)
+    mlp, points = RadianceMLP(16, 64), torch.rand(4, 500, 3) * 2 - 1
+    features = torch.randn(4, 500, 16, requires_grad=True)
     density, color = mlp(points, features)
     assert density.min() > 0 and density.mean() < 2 and color.min() > 0 and color.max() < 1
     density.sum().backward()
     assert (features.grad.abs().sum(-1) > 0).float().mean() > 0.99
     assert not torch.allclose(density, mlp(-points, features)[0])               # it reads p, too
-    far, _ = mlp(points, 1000 * features)
-    assert far.isfinite().all() and far.min() >= 0
 
 
-# ------------------------------------------------------------------------------------------------
-# Ray marching
-# ------------------------------------------------------------------------------------------------
+# Ray marching -----------------------------------------------------------------------------------
 
 def test_ray_interval_agrees_with_a_search():
-    torch.manual_seed(1)
-    origins, directions = torch.rand(600, 3) * 5 - 2.5, torch.randn(600, 3)
+    torch.manual_seed(0)
+    origins, directions = torch.rand(800, 3) * 4 - 2, torch.randn(800, 3)
     directions[:60] = torch.eye(3).repeat(20, 1) * torch.tensor([1.0, -1.0]).repeat(30)[:, None]
-    directions[60:120, 1] = 0                           # parallel to one face, and to two
+    directions[60:120, 1] = 0                           # parallel to two faces or to four
     directions = directions / directions.norm(dim=-1, keepdim=True)
     near, far = (x[0].double() for x in rd.ray_interval(origins[None], directions[None]))
-    t = torch.arange(0, 9, 0.004, dtype=torch.float64)
-    at = (origins[:, None] + t[:, None] * directions[:, None]).abs().amax(-1)         # (600, t)
-    inside = at <= 1
+    t = torch.arange(0, 8, 0.004, dtype=torch.float64)
+    at = (origins[:, None] + t[:, None] * directions[:, None]).abs().amax(-1)         # (800, t)
+    inside, starts_inside = at <= 1, origins.abs().amax(-1) <= 1
     hit, miss = inside.any(1), at.amin(1) > 1.01
     first, last = t[inside.int().argmax(1)], t[len(t) - 1 - inside.flip(1).int().argmax(1)]
-    starts_inside = origins.abs().amax(-1) <= 1
-    assert hit.sum() > 100 and miss.sum() > 100 and starts_inside.sum() > 20
+    assert min(x.sum() for x in (hit[:120], hit & ~starts_inside, miss, starts_inside)) > 20
     assert torch.allclose(near[hit], first[hit], atol=0.005)
     assert torch.allclose(far[hit], last[hit], atol=0.005)
     assert not near[starts_inside].any() and torch.equal(near[miss], far[miss])
-    assert near.min() >= 0 and near.isfinite().all() and far.isfinite().all()
+    origins, directions = torch.tensor([[[-3.0, 1, 0], [1, 1, 1]]]), torch.eye(3)[None, [0, 0]]
+    near, far = rd.ray_interval(origins, directions)            # along a face, from a corner
+    assert (far >= near).all() and near.min() >= 0 and far.isfinite().all()
 
 
-def test_a_ray_along_a_face_is_finite():
-    origins = torch.tensor([[[-3.0, 1.0, 0.0], [1.0, 1.0, 1.0], [-3.0, 0.0, 0.0]]])
-    directions = torch.tensor([[[1.0, 0.0, 0.0]]]).expand(1, 3, 3)
-    near, far = rd.ray_interval(origins, directions)
-    assert near.isfinite().all() and far.isfinite().all() and (far >= near).all()
-    assert near[0, 2] == 2 and far[0, 2] == 4
-
-
-def test_composite_of_a_uniform_slab():
-    deltas = torch.rand(3, 7, 20)
-    color, background = torch.tensor([0.9, 0.2, 0.4]), torch.tensor([0.1, 0.5, 0.0])
-    rgb, weights = composite(torch.full_like(deltas, 0.3), color.expand(3, 7, 20, 3), deltas,
-                             background)
-    opacity = 1 - torch.exp(-0.3 * deltas.sum(-1, keepdim=True))
-    assert torch.allclose(rgb, opacity * color + (1 - opacity) * background, atol=1e-6)
-    assert torch.allclose(weights.sum(-1, keepdim=True), opacity, atol=1e-6)
-
-
-def test_composite_agrees_with_a_loop():
+def test_composite_agrees_with_a_loop_and_a_slab():
     density, deltas = torch.rand(2, 5, 9) * 8, torch.rand(2, 5, 9) * 0.4
+    density[0, 0, 3], density[0, 1], density[1] = 1e9, 0, 0.3   # a wall, nothing, uniform slabs
     color, background = torch.rand(2, 5, 9, 3), torch.rand(3)
     rgb, weights = composite(density, color, deltas, background)
     left, expected = torch.ones(2, 5), torch.zeros(2, 5, 3)
@@ -714,65 +1199,40 @@ def test_composite_agrees_with_a_loop():
         left = left * (1 - alpha)
     assert torch.allclose(weights.sum(-1) + left, torch.ones(2, 5), atol=1e-6)
     assert torch.allclose(rgb, expected + left[..., None] * background, atol=1e-6)
+    assert torch.allclose(rgb[0, 1], background) and not weights[0, 0, 4:].any()
+    assert torch.allclose(weights[1].sum(-1), 1 - torch.exp(-0.3 * deltas[1].sum(-1)), atol=1e-6)
+    first = composite(density[..., 3:], color[..., 3:, :], deltas[..., 3:], background)[0][0, 0]
+    assert torch.allclose(first, color[0, 0, 3])                # an opaque first sample is all
 
 
-def test_composite_of_nothing_and_of_a_wall():
-    color, deltas, background = torch.rand(1, 2, 4, 3), torch.full((1, 2, 4), 0.5), torch.rand(3)
-    rgb, weights = composite(torch.zeros(1, 2, 4), color, deltas, background)
-    assert torch.equal(rgb, background.expand(1, 2, 3)) and not weights.any()
-    wall = torch.tensor([1e9, 3.0, 0.0, 1e9]).expand(1, 2, 4)
-    rgb, weights = composite(wall, color, deltas, background)
-    assert torch.allclose(rgb, color[:, :, 0]) and torch.equal(weights[..., 0], torch.ones(1, 2))
-
-
-def test_a_uniform_cube_agrees_with_the_closed_form():
+@pytest.mark.parametrize("fine", [0, 64])
+@pytest.mark.parametrize("sigma", [0.0, 1.5])
+def test_a_uniform_cube_agrees_with_the_closed_form(sigma, fine):
     color = torch.tensor([0.8, 0.3, 0.6])
-    origins, directions = camera_rays(PAIR, 1.6, 16)
-    d, o = directions.double(), origins.double()
+    rgb, depth, opacity = render_field(
+        lambda p: (torch.full_like(p[..., 0], sigma), color.expand_as(p)), samples=200,
+        fine_samples=fine, focal=0.7)
+    o, d = (x.double() for x in camera_rays(PAIR, 0.7, 16))
     a, b = (-1 - o) / d, (1 - o) / d
     near, far = torch.minimum(a, b).amax(-1).view(2, 16, 16), torch.maximum(a, b).amin(-1)
     length = (far.view(2, 16, 16) - near).clamp(min=0)
-    for fine in (0, 64):
-        rgb, depth, opacity = render_field(
-            lambda p: (torch.full_like(p[..., 0], 1.5), color.expand_as(p)), samples=200,
-            fine_samples=fine)
-        expected = 1 - torch.exp(-1.5 * length)
-        assert torch.allclose(opacity.double(), expected, atol=1e-5)
-        shown = expected[:, None] * color.view(3, 1, 1) + (1 - expected[:, None]) * 0.25
-        assert torch.allclose(rgb.double(), shown, atol=1e-5)
-        hit = length > 0            # the mean of where a ray ends, exit included
-        assert torch.allclose(depth.double()[hit], (near + expected / 1.5)[hit], atol=2e-3)
+    filled, hit = 1 - torch.exp(-sigma * length), length > 0
+    assert torch.allclose(opacity.double(), filled, atol=1e-5)
+    shown = filled[:, None] * color.view(3, 1, 1) + (1 - filled[:, None]) * 0.25
+    assert torch.allclose(rgb.double(), shown, atol=1e-5)
+    ends = near + (filled / sigma if sigma else length)         # what is left ends at the exit
+    assert torch.allclose(depth.double()[hit], ends[hit], atol=2e-3) and depth.isfinite().all()
+    assert hit.any() and not hit.all()
 
 
 def test_a_soft_sphere_converges_to_the_closed_form():
-    """Density 20 (1 - |p|^2 / r^2): along a chord of half length h its integral is 80 h^3 / 3r^2."""
+    """Density 20 (1 - |p|^2 / r^2): a chord of half length h integrates to 80 h^3 / 3r^2."""
     def field(p):
-        density = 20 * (1 - p.square().sum(-1) / 0.64).clamp(min=0)
-        return density, torch.ones_like(p)
-    origins, directions = camera_rays(PAIR, 1.6, 16)
-    aside = torch.linalg.cross(origins, directions).square().sum(-1).view(2, 16, 16)
+        return 20 * (1 - p.square().sum(-1) / 0.64).clamp(min=0), torch.ones_like(p)
+    aside = torch.linalg.cross(*camera_rays(PAIR, 1.6, 16)).square().sum(-1).view(2, 16, 16)
     expected = 1 - torch.exp(-80 / 3 * (0.64 - aside).clamp(min=0) ** 1.5 / 0.64)
     errors = [(render_field(field, samples=K)[2] - expected).abs().max() for K in (8, 32, 128)]
     assert errors[2] < 1e-3 and errors[2] < errors[1] / 4 < errors[0] / 16
-
-
-def test_empty_space_shows_the_background_and_its_exit():
-    empty = render_field(lambda p: (torch.zeros_like(p[..., 0]), torch.ones_like(p)))
-    rays = camera_rays(PAIR, 1.6, 16)
-    assert torch.allclose(empty[0], torch.tensor(0.25)) and not empty[2].any()
-    far = rd.ray_interval(*rays)[1].view(2, 16, 16)
-    assert torch.allclose(empty[1], far, atol=1e-6)
-
-
-def test_an_opaque_wall_has_its_depth_and_hides_what_is_behind():
-    def field(p):                   # the half space x < 0.3, seen from +x; its inside is green
-        face = (p[..., 0] > 0.2)[..., None]
-        color = torch.where(face, torch.tensor([1.0, 0, 0]), torch.tensor([0, 1.0, 0]))
-        return 1e4 * (p[..., 0] < 0.3), color
-    rgb, depth, _ = render_field(field, orbit(0, 0, 2.7)[None], samples=256)
-    z = camera_rays(orbit(0, 0, 2.7)[None], 1.6, 16)[1][0, :, 0].abs().view(16, 16)
-    assert (depth[0] * z - 2.4)[4:12, 4:12].abs().max() < 0.01
-    assert torch.allclose(rgb[0, :, 8, 8], torch.tensor([1.0, 0.0, 0.0]), atol=1e-4)
 
 
 def test_importance_samples_follow_the_coarse_weights():
@@ -787,29 +1247,36 @@ def test_importance_samples_follow_the_coarse_weights():
     np.testing.assert_allclose(share, pdf / np.sum(pdf), atol=0.01)
     inside = found[(found > 0.7) & (found < 1.3)]       # evenly within an interval
     assert inside.mean().item() == pytest.approx(1.0, abs=0.01)
-    alone = rd.importance_samples(edges[None, None], 0 * weights[None, None], u)
-    assert alone.isfinite().all()
+    assert rd.importance_samples(edges[None, None], 0 * weights[None, None], u).isfinite().all()
 
 
 def test_importance_samples_sharpen_a_thin_shell():
     def field(p):
-        shell = torch.exp(-((p.norm(dim=-1) - 0.6) / 0.02) ** 2)
-        return 40 * shell, p.sign() / 2 + 0.5
+        return 60 * torch.exp(-((p.norm(dim=-1) - 0.6) / 0.04) ** 2), p.sign() / 2 + 0.5
     truth = render_field(field, samples=2000)[0]
-    error = [(render_field(field, samples=samples, fine_samples=fine)[0] - truth).square().mean()
-             for samples, fine in ((24, 0), (24, 24), (48, 0))]
-    assert error[1] < error[2] / 2 and error[2] < error[0]
+    coarse, more, fine = (
+        (render_field(field, samples=K, fine_samples=F)[0] - truth).square().mean()
+        for K, F in ((48, 0), (96, 0), (48, 48)))
+    assert fine < more / 2 and more < coarse
 
 
-# ------------------------------------------------------------------------------------------------
-# The model
-# ------------------------------------------------------------------------------------------------
+# The model --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("fine", [0, 8])
-def test_rendering_is_deterministic_and_chunks_equal_the_whole(monkeypatch, fine):
-    model, planes = tiny_model(fine_samples=fine), torch.randn(2, 3, 4, 16, 16)
-    whole, again = model.render(planes, PAIR), model.render(planes, PAIR)
-    assert all(torch.equal(a, b) for a, b in zip(whole, again))
+def test_chunks_pixels_batches_and_repetitions_equal_the_whole(monkeypatch, fine):
+    model, x_t = tiny_model(fine_samples=fine), torch.randn(2, 3, 16, 16)
+    t, pixels = torch.tensor([3, 700]), torch.stack([torch.randperm(256)[:40] for _ in range(2)])
+    planes = model.encode(x_t, t)
+    whole = model.render(planes, PAIR)
+    assert all(torch.equal(a, b) for a, b in zip(whole, model.render(planes, PAIR)))
+    assert torch.equal(whole[0], model(x_t, t, PAIR))
+    picked = whole[0].flatten(2).mT[torch.arange(2)[:, None], pixels]          # (B, n, 3)
+    assert torch.allclose(model(x_t, t, PAIR, pixels), picked, atol=1e-5)
+    for i in range(2):
+        single = model.encode(x_t[i:i + 1], int(t[i]))
+        assert torch.allclose(single, planes[i:i + 1], atol=1e-5)
+        for one, many in zip(model.render(single, PAIR[i:i + 1]), whole):
+            assert torch.allclose(one, many[i:i + 1], atol=1e-5)
     monkeypatch.setattr(RenderDiffusion, "points_at_once", 600)
     calls, march = [], model.march
     monkeypatch.setattr(model, "march", lambda *a, **k: calls.append(0) or march(*a, **k))
@@ -817,77 +1284,53 @@ def test_rendering_is_deterministic_and_chunks_equal_the_whole(monkeypatch, fine
     assert len(calls) > 4 and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole, parts))
 
 
-def test_pixels_alone_equal_the_whole_picture():
-    model, x_t = tiny_model(fine_samples=8), torch.randn(2, 3, 16, 16)
-    pixels = torch.stack([torch.randperm(256)[:40] for _ in range(2)])
-    whole = model(x_t, 300, PAIR).flatten(2).mT                                # (B, R, 3)
-    picked = model(x_t, 300, PAIR, pixels)
-    assert picked.shape == (2, 40, 3)
-    assert torch.allclose(picked, whole[torch.arange(2)[:, None], pixels], atol=1e-5)
-
-
 def test_another_resolution_and_focal_show_the_same_scene():
     model, planes = tiny_model(), torch.randn(2, 3, 4, 16, 16)
-    small = model.render(planes, PAIR)
-    finer = model.render(planes, PAIR, resolution=48)           # the middle of each three by three
-    double = model.render(planes, PAIR, resolution=32)
-    zoomed = model.render(planes, PAIR, focal=3.2)              # the middle of twice the picture
+    small, double, finer = (model.render(planes, PAIR, resolution=S) for S in (16, 32, 48))
+    zoomed = model.render(planes, PAIR, focal=2 * model.config.focal)
     for a, b, c, d in zip(small, finer, zoomed, double):
-        assert torch.allclose(a, b[..., 1::3, 1::3], atol=1e-4)
-        assert torch.allclose(c, d[..., 8:24, 8:24], atol=1e-4)
-
-
-def turn(planes):
-    """The planes of the same volume after a quarter turn about z: (x, y, z) -> (-y, x, z)."""
-    xy, xz, yz = planes.unbind(1)
-    return torch.stack([xy.flip(-2).mT, yz.flip(-1), xz], dim=1)
+        assert torch.allclose(a, b[..., 1::3, 1::3], atol=1e-4)     # the middle of three by three
+        assert torch.allclose(c, d[..., 8:24, 8:24], atol=1e-4)     # and of twice the picture
 
 
 @pytest.mark.parametrize("fine", [0, 8])
 def test_camera_and_volume_turned_together_give_the_same_picture(fine):
-    model, planes = tiny_model(fine_samples=fine), torch.randn(1, 3, 4, 16, 16)
+    model, planes = tiny_model(fine_samples=fine), 4 * torch.randn(1, 3, 4, 16, 16)
     model.mlp.layers[0].weight[:, :3] = 0                       # the field, without p itself
     before = model.render(planes, orbit(25.0, 30.0, 2.7)[None])
     assert before[0].std() > 0.05
-    for quarter in (1, 2, 3):
-        planes = turn(planes)
+    for quarter in (1, 2, 3):       # (x, y, z) -> (-y, x, z): xz becomes yz, yz a mirrored xz
+        xy, xz, yz = planes.unbind(1)
+        planes = torch.stack([xy.flip(-2).mT, yz.flip(-1), xz], dim=1)
         after = model.render(planes, orbit(25.0 + 90 * quarter, 30.0, 2.7)[None])
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(before, after))
 
 
-def test_rendering_is_differentiable():
-    model, planes = tiny_model(fine_samples=4), torch.randn(1, 3, 4, 16, 16, requires_grad=True)
-    sum(x.sum() for x in model.render(planes, PAIR[:1])).backward()
-    assert planes.grad.isfinite().all() and (planes.grad != 0).any(-1).any(-1).all()
-
-
-# ------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------
+# Training ---------------------------------------------------------------------------------------
 
 def watch_loss(ema, x0, poses, progress=0.0):
-    """One loss of a model that answers with the truth -> loss, and the x_t and t it was asked."""
+    """One loss of a model that answers with the truth, so it is 0 -> the x_t and t it was asked."""
     asked = []
 
     def model(x_t, t, given, pixels, *_, **__):
         assert torch.equal(given, poses)
         asked.append((x_t, t))
         return x0.flatten(2).mT[torch.arange(len(x0))[:, None], pixels]
-    return rd.denoising_loss(model, ema, x0, poses, progress), *asked[0]
+    assert rd.denoising_loss(model, ema, x0, poses, progress) == 0
+    return asked[0]
 
 
 def test_every_noise_level_is_trained_from_clean_to_pure_noise():
     ema, poses = tiny_model(timesteps=20), orbit(torch.arange(10) * 36.0, 30, 2.7)
     x0, levels, noisiest = torch.rand(10, 3, 16, 16) * 2 - 1, [], []
     for _ in range(400):
-        loss, x_t, t = watch_loss(ema, x0, poses)
-        assert loss == 0                                # the target is x0 at the pixels asked for
+        x_t, t = watch_loss(ema, x0, poses)
         assert torch.equal(x_t[t == 0], x0[t == 0])
         levels.append(t)
         noisiest.append(x_t[t == 20])
-    share = torch.bincount(torch.cat(levels), minlength=21) / 4000
-    assert len(share) == 21 and share[0].item() == pytest.approx(ema.config.clean, abs=0.02)
-    assert (share[1:] - (1 - ema.config.clean) / 20).abs().max() < 0.02
+    share, clean = torch.bincount(torch.cat(levels), minlength=21) / 4000, ema.config.clean
+    assert len(share) == 21 and abs(share[0] - clean) < 0.02
+    assert (share[1:] - (1 - clean) / 20).abs().max() < 0.02
     assert torch.cat(noisiest).std().item() == pytest.approx(1, abs=0.02)
 
 
@@ -895,32 +1338,24 @@ def test_every_noise_level_is_trained_from_clean_to_pure_noise():
 def test_other_sides_are_encoded_late_and_in_their_share(share):
     ema = tiny_model(clean=0.99, other_side=share, other_side_from=0.4)
     x0, poses = torch.rand(8, 3, 16, 16) * 2 - 1, orbit(torch.arange(8) * 45.0, 30, 2.7)
-    _, x_t, t = watch_loss(ema, x0, poses, progress=0.3)
+    x_t, t = watch_loss(ema, x0, poses, progress=0.3)
     assert torch.equal(x_t[t == 0], x0[t == 0])
-    planes, replaced, clean = ema.encode(x0, 0), 0, 0
+    planes, replaced = ema.encode(x0, 0), []
     shown = torch.stack([ema.render(planes, pose.expand(8, 4, 4))[0] for pose in poses])
     for _ in range(8):
-        loss, x_t, t = watch_loss(ema, x0, poses, progress=0.5)
-        assert loss == 0                                # the target is the real picture all the same
+        x_t, t = watch_loss(ema, x0, poses, progress=0.5)
         for i in (t == 0).nonzero()[:, 0].tolist():
+            replaced.append(not torch.equal(x_t[i], x0[i]))
             error = (shown[:, i] - x_t[i]).abs().amax((1, 2, 3))
-            other = not torch.equal(x_t[i], x0[i])
-            assert not other or (error.min() < 1e-4 and error.argmin() != i)
-            replaced, clean = replaced + other, clean + 1
-    assert replaced / clean == pytest.approx(share, abs=0.1)
-
-
-def run_quietly(monkeypatch, config, **kwargs):
-    """`train`, without what it shows at the end."""
-    monkeypatch.setattr(rd, "health", lambda *_: "")
-    return train(config, **kwargs)
+            assert not replaced[-1] or (error.min() < 1e-4 and error.argmin() != i)
+    assert np.mean(replaced) == pytest.approx(share, abs=0.1)
 
 
 def test_one_picture_is_learnt_and_generated(monkeypatch, tmp_path):
-    """Over 8 seeds: 28.8 to 37.0 dB, and the mean colour 12.0 to 16.2 dB."""
+    """Over 8 seeds: 28.8 to 37.0 dB, where the mean colour has 12.0 to 16.2."""
     config = tiny(plane_channels=8, mlp_hidden=32, samples=16, rays=128, steps=100, scenes=1,
                   lr=1e-2, loss="l2", other_side=0.0, out=str(tmp_path))
-    model, truth = run_quietly(monkeypatch, config), synthetic("clevr1", 1, 1, 16)
+    model, truth = train_quietly(monkeypatch, config), synthetic("clevr1", 1, 1, 16)
     image, pose = truth.images[0] / 2 + 0.5, truth.poses[0]
     colour = image.mean((2, 3), keepdim=True).expand_as(image)
     for shown in (model.render(reconstruct(model, truth.images[0]), pose)[0],
@@ -929,47 +1364,48 @@ def test_one_picture_is_learnt_and_generated(monkeypatch, tmp_path):
 
 
 def test_every_step_has_new_scenes_and_none_is_held_out(monkeypatch, tmp_path):
-    pictures = []
+    pictures, config = [], tiny(data="cars", out=str(tmp_path))
 
-    def loss(model, ema, x0, poses, *rest):
+    def loss(model, ema, x0, *rest):
         pictures.append(x0)
-        return rd.denoising_loss(model, ema, x0, poses, *rest)
-    model = run_quietly(monkeypatch, tiny(data="cars", out=str(tmp_path)), loss=loss)
-    expected = synthetic("cars", 16, 1, 16, seed=0).images[:, 0]
-    assert torch.equal(torch.cat(pictures), expected)
-    held_out = synthetic("cars", 16, 1, 16, seed=rd.HELD_OUT).images[:, 0]
-    assert not any(torch.equal(a, b) for a in held_out for b in expected)
-    assert model.config.background == pytest.approx((0.64, 0.64, 0.64))
-    pictures.clear()
-    run_quietly(monkeypatch, tiny(data="cars", scenes=3, views=2, out=str(tmp_path)), loss=loss)
-    fixed = synthetic("cars", 3, 2, 16, seed=0).images.flatten(0, 1)
+        return rd.denoising_loss(model, ema, x0, *rest)
+    model, views = train_quietly(monkeypatch, config, loss=loss), synthetic("cars", 16, 1, 16)
+    assert torch.equal(torch.cat(pictures), views.images[:, 0])         # of 4 steps of 4
+    unseen = synthetic("cars", 16, 1, 16, seed=rd.HELD_OUT).images
+    assert not any(torch.equal(a, b) for a in unseen for b in views.images)
+    assert model.config.focal == views.focal
+    assert model.config.background == pytest.approx(views.background.tolist())
+    earlier = (tmp_path / "cars.pt").read_bytes()
+    pictures, config.scenes, config.views = [], 3, 2
+    train_quietly(monkeypatch, config, loss=loss)
+    assert (tmp_path / "cars.old.pt").read_bytes() == earlier
+    fixed = synthetic("cars", 3, 2, 16).images.flatten(0, 1)
     assert all(any(torch.equal(a, b) for b in fixed) for a in torch.cat(pictures))
 
 
-def test_an_interrupted_training_goes_on_as_if_nothing_had_been(monkeypatch, tmp_path, capsys):
-    def interrupted(model, ema, x0, *rest):
+def test_an_interrupted_training_goes_on_as_if_nothing_had_been(monkeypatch, tmp_path):
+    def interrupted(model, ema, *rest):
         if len(steps) == 3:
             signal.raise_signal(signal.SIGINT)                  # what Ctrl-C does
         steps.append(0)
-        return rd.denoising_loss(model, ema, x0, *rest)
+        return rd.denoising_loss(model, ema, *rest)
     config, steps = tiny(steps=6, lr=1e-2, out=str(tmp_path / "a")), []
-    run_quietly(monkeypatch, config)
+    train_quietly(monkeypatch, config)
     config.out = str(tmp_path / "b")
-    run_quietly(monkeypatch, config, loss=interrupted)
-    assert len(steps) == 3 and "--resume" in capsys.readouterr().out
+    train_quietly(monkeypatch, config, loss=interrupted)
     half = torch.load(tmp_path / "b" / "clevr1.pt", weights_only=True)
     config.resume = True
-    run_quietly(monkeypatch, config)
-    whole, resumed = (torch.load(tmp_path / name / "clevr1.pt", weights_only=True)
-                      for name in "ab")
+    train_quietly(monkeypatch, config)
+    whole, resumed = (torch.load(tmp_path / x / "clevr1.pt", weights_only=True) for x in "ab")
     assert (half["step"], whole["step"], resumed["step"]) == (3, 6, 6)
-    for part in ("model", "ema"):
-        assert whole[part].keys() == resumed[part].keys()
-        assert all(torch.equal(whole[part][k], resumed[part][k]) for k in whole[part])
-        assert not all(torch.equal(half[part][k], resumed[part][k]) for k in half[part])
-    states = whole["optimizer"]["state"], resumed["optimizer"]["state"]
-    assert all(torch.equal(states[0][i][k], states[1][i][k]) for i in states[0] for k in states[0][i])
-    assert whole["optimizer"]["param_groups"] == resumed["optimizer"]["param_groups"]
+
+
+    def same(a, b):
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+        return torch.equal(a, b) if torch.is_tensor(a) else a == b
+    assert all(same(whole[part], resumed[part]) for part in ("model", "ema", "optimizer"))
+    assert not torch.equal(half["ema"]["unet.stem.weight"], whole["ema"]["unet.stem.weight"])
 
 
 @pytest.mark.parametrize("then", ["ends", "is interrupted"])
@@ -980,10 +1416,10 @@ def test_a_loss_that_is_not_finite_stops_and_spoils_nothing(monkeypatch, tmp_pat
             raise KeyboardInterrupt
         return rd.denoising_loss(model, ema, *rest) * (math.nan if len(steps) == 4 else 1)
     config, steps = tiny(steps=6, out=str(tmp_path)), []
-    run_quietly(monkeypatch, config)
+    train_quietly(monkeypatch, config)
     before = (tmp_path / "clevr1.pt").read_bytes()
     with pytest.raises(FloatingPointError, match="step 3"):
-        run_quietly(monkeypatch, config, loss=loss)
+        train_quietly(monkeypatch, config, loss=loss)
     assert before in [path.read_bytes() for path in tmp_path.glob("clevr1*.pt")]
     for path in tmp_path.glob("clevr1*.pt"):
         assert all(weight.isfinite().all() for weight in load_checkpoint(path).parameters())
@@ -991,137 +1427,89 @@ def test_a_loss_that_is_not_finite_stops_and_spoils_nothing(monkeypatch, tmp_pat
 
 @slow
 def test_two_processes_train_the_same_model_as_one(tmp_path):
-    options = [f"--{k.replace('_', '-')}={v}" for k, v in {**TINY, "steps": 3, "lr": 1e-3}.items()]
-    command = [HERE / "renderdiffusion.py", "train", *options]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    one = [sys.executable, *command, "--batch=4", f"--out={tmp_path / 'one'}"]
-    two = [*launch, *command, "--batch=2", f"--out={tmp_path / 'two'}"]
-    for line in (one, two):
-        subprocess.run(line, check=True, capture_output=True, timeout=300)
-    one, two = (load_checkpoint(tmp_path / name / "clevr1.pt") for name in ("one", "two"))
-    for a, b in zip(one.parameters(), two.parameters()):
-        assert torch.allclose(a, b, atol=1e-4)
+    for batch, launch in ((4, ""), (2, "-m torch.distributed.run --nproc_per_node=2")):
+        options = f"--steps 3 --batch {batch} --out {tmp_path / str(batch)}".split()
+        subprocess.run([sys.executable, *launch.split(), HERE / "renderdiffusion.py", "train",
+                        *TRAIN, *options], check=True, capture_output=True, timeout=300)
+    one, two = (load_checkpoint(tmp_path / name / "clevr1.pt").parameters() for name in "42")
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(one, two))
 
 
-# ------------------------------------------------------------------------------------------------
-# Sampling
-# ------------------------------------------------------------------------------------------------
+# Sampling ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_samples_have_the_distribution_of_the_data(eta):
     model = Greys()
-    images, _ = generate(model, PAIR[:1].expand(500, 4, 4), steps=50, eta=eta)
+    images, _ = generate(model, PAIR[:1].expand(400, 4, 4), steps=200, eta=eta)
     grey = images.mean((1, 2, 3))
-    assert grey.mean().item() == pytest.approx(Greys.mean, abs=0.05)
-    assert grey.std().item() == pytest.approx(Greys.spread, rel=0.15)
-    assert (images - grey.view(-1, 1, 1, 1)).std().item() == pytest.approx(Greys.grain, rel=0.2)
-    levels = [t for t, _ in model.asked]
-    assert len(levels) == 50 and levels[0] == 1000 and sorted(set(levels), reverse=True) == levels
+    assert grey.mean().item() == pytest.approx(Greys.mean, abs=0.03)
+    assert grey.std().item() == pytest.approx(Greys.spread, rel=0.1)
+    assert (images - grey.view(-1, 1, 1, 1)).std().item() == pytest.approx(Greys.grain, rel=0.1)
+    assert len(model.levels()) == 200 and model.levels()[0] == 1000
 
 
-def test_the_last_step_adds_no_noise():
+def test_a_seed_is_a_picture_and_the_last_step_adds_no_noise():
     model = tiny_model()
-    for eta in (0.0, 1.0):
-        images, planes = generate(model, PAIR, steps=3, eta=eta)
-        assert torch.allclose(images, model.render(planes, PAIR)[0].clamp(-1, 1), atol=1e-6)
+    (first, planes), (again, _), (other, _), (ddim, _) = (
+        generate(model, PAIR, 3, eta, seed) for eta, seed in ((1, 4), (1, 4), (1, 5), (0, 4)))
+    assert torch.equal(first, again)
+    assert not any(torch.allclose(first, x, atol=1e-3) for x in (other, ddim))
+    assert torch.allclose(first, model.render(planes, PAIR)[0].clamp(-1, 1), atol=1e-6)
 
 
-def test_a_seed_is_a_picture():
-    model = tiny_model()
-    first, again, other = (generate(model, PAIR, steps=3, seed=seed)[0] for seed in (4, 4, 5))
-    assert torch.equal(first, again) and not torch.allclose(first, other, atol=1e-3)
-    assert not torch.allclose(first, generate(model, PAIR, steps=3, eta=0.0, seed=4)[0], atol=1e-3)
-    assert generate(model, PAIR, steps=model.config.timesteps // 100)[0].abs().max() <= 1
-
-
-@pytest.mark.parametrize("steps", [0, -1, 1001])
-def test_steps_out_of_range_are_refused(steps):
-    with pytest.raises(ValueError, match="steps"):
-        generate(Greys(), PAIR, steps=steps)
-
-
-# ------------------------------------------------------------------------------------------------
-# Reconstruction
-# ------------------------------------------------------------------------------------------------
-
-def test_reconstruction_without_noise_is_the_encoder_alone():
-    model, images = tiny_model(), torch.rand(2, 3, 16, 16) * 2 - 1
-    planes = model.encode(images, 0)
-    assert torch.equal(reconstruct(model, images), planes)
-    assert torch.equal(reconstruct(model, images, PAIR, t_r=0, seed=7), planes)
-
+# Reconstruction ---------------------------------------------------------------------------------
 
 def test_reconstruction_keeps_the_less_the_more_noise():
-    kept = []
-    for t_r, steps, calls in ((40, None, 2), (300, None, 15), (300, 7, 7), (1000, 50, 50)):
-        model, greys = Greys(), torch.linspace(-0.8, 0.8, 100).view(-1, 1, 1, 1)
+    model, images = tiny_model(), torch.rand(2, 3, 16, 16) * 2 - 1
+    assert torch.equal(reconstruct(model, images), model.encode(images, 0))
+    assert torch.equal(reconstruct(model, images, PAIR, t_r=0, seed=7), model.encode(images, 0))
+    kept, greys = [], torch.linspace(-0.8, 0.8, 100).view(-1, 1, 1, 1)
+    for t_r, steps, calls in ((40, None, 2), (300, None, 15), (900, 45, 45), (1000, 50, 50)):
+        model = Greys()
         planes = reconstruct(model, greys.expand(100, 3, 16, 16), PAIR[:1].expand(100, 4, 4), t_r,
                              steps)
-        levels = [t for t, _ in model.asked]
-        assert len(levels) == calls and levels[0] == t_r
-        assert sorted(set(levels), reverse=True) == levels
+        assert len(model.levels()) == calls and model.levels()[0] == t_r
         pair = torch.stack([planes.mean((1, 2, 3)), greys.flatten()])
         kept.append(torch.corrcoef(pair)[0, 1].item())
-    assert kept[0] > 0.99 and kept[0] > kept[1] > kept[3] and abs(kept[3]) < 0.4
-
-
-@pytest.mark.parametrize("wrong", [dict(t_r=-1), dict(t_r=1001), dict(t_r=math.nan),
-                                   dict(t_r=500, steps=501), dict(t_r=500, steps=0)])
-def test_reconstruction_out_of_range_is_refused(wrong):
-    with pytest.raises(ValueError, match="steps" if "steps" in wrong else "t_r"):
-        reconstruct(Greys(), torch.zeros(2, 3, 16, 16), PAIR, **wrong)
+    assert kept[0] > 0.999 > kept[2] > kept[3] and abs(kept[3]) < 0.3
 
 
 def test_the_camera_is_found_where_the_planes_are_right():
-    def field(p):                                       # three balls, no two alike
+    def field(p, features):                             # three balls, no two alike
         balls = torch.tensor([[0.4, 0.1, -0.2], [-0.3, 0.4, 0.0], [-0.1, -0.5, 0.3]])
         inside = (p[..., None, :] - balls).norm(dim=-1) < 0.3                  # (B, P, 3)
         return 30.0 * inside.any(-1), inside.float()
     model = tiny_model(samples=24)
-    model.mlp = Field(field)
-    azimuth, elevation = torch.tensor([-170.0, 3.0, 77.0, 200.0]), torch.tensor([20.0, 33.0, 48.0, 40])
-    poses = orbit(azimuth, elevation, model.config.radius)
-    images, _, _ = model.render(torch.zeros(4, 3, 4, 16, 16), poses)
-    masks = torch.ones(4, 1, 16, 16)
-    masks[:, :, 6:10, 6:10] = 0
-    for found in (rd.find_poses(model, images), rd.find_poses(model, images * masks, masks)):
+    model.mlp.forward = field
+    azimuth, elevation = torch.tensor([-170.0, 3, 77, 250]), torch.tensor([20.0, 33, 48, 40])
+    poses, masks = orbit(azimuth, elevation, model.config.radius), torch.ones(4, 1, 16, 16)
+    images, masks[..., 10:] = model.render(torch.zeros(4, 3, 4, 16, 16), poses)[0], 0
+    spoilt = torch.where(masks > 0, images, images.flip(-1))
+    for found in (rd.find_poses(model, images), rd.find_poses(model, spoilt, masks)):
         cosine = (found[:, :3, 2] * poses[:, :3, 2]).sum(-1)
-        assert torch.rad2deg(cosine.clamp(max=1).acos()).max() < 3
+        assert torch.rad2deg(cosine.clamp(max=1).acos()).max() < 5
 
 
-# ------------------------------------------------------------------------------------------------
-# Inpainting
-# ------------------------------------------------------------------------------------------------
+# Inpainting -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("arguments, length, down, up", [
-    ((250, 10, 10), 4571, 2410, 2160), ((250, 10, 1), 251, 250, 0), ((100, 10, 10), 1721, 910, 810),
-    ((50, 5, 5), 411, 230, 180), ((20, 5, 2), 51, 35, 15), ((3, 10, 10), 4, 3, 0), ((1, 1, 1), 2, 1, 0)])
+    ((250, 10, 10), 4571, 2410, 2160), ((250, 10, 1), 251, 250, 0), ((20, 5, 2), 51, 35, 15),
+    ((100, 10, 10), 1721, 910, 810), ((50, 5, 5), 411, 230, 180), ((3, 10, 10), 4, 3, 0)])
 def test_repaint_schedule_has_the_originals_numbers(arguments, length, down, up):
-    steps, jump_length, jump_n_sample = arguments
+    steps, jump_length, _ = arguments
     indices = repaint_schedule(*arguments)
     moves = np.diff(indices)
-    assert (len(indices), indices[0], indices[-1]) == (length, steps - 1, -1)
-    # The table counts moves between the indices of the list, the last one to -1 among them
-    assert ((moves == -1).sum(), (moves == 1).sum()) == (down, up)
-    assert min(indices[:-1]) == 0 and max(indices) == steps - 1
-    if jump_n_sample > 1 and up:
-        runs = [len(list(run)) for sign, run in itertools.groupby(moves) if sign == 1]
-        assert set(runs) == {jump_length}
-
-
-def test_repaint_schedule_refuses_what_makes_no_walk():
-    for wrong in ((0, 5, 5), (50, 0, 5), (50, 5, 0)):
-        with pytest.raises(ValueError, match="at least 1"):
-            repaint_schedule(*wrong)
+    assert (len(indices), (moves == -1).sum(), (moves == 1).sum()) == (length, down, up)
+    assert indices[0] == max(indices) == steps - 1 and indices[-1] == -1 and min(indices[:-1]) == 0
+    runs = {len(list(run)) for move, run in itertools.groupby(moves) if move == 1}
+    assert runs == ({jump_length} if up else set())
 
 
 def test_inpainting_keeps_the_known_pixels_and_encodes_them():
-    model, images = tiny_model(), torch.rand(2, 3, 16, 16) * 2 - 1
-    masks = torch.ones(2, 1, 16, 16)
+    images, masks, model = torch.rand(2, 3, 16, 16) * 2 - 1, torch.ones(2, 1, 16, 16), tiny_model()
     masks[0, :, 5:11, 5:11], masks[1, :, :, 8:] = 0, 0
-    settings = dict(steps=6, jump_length=2, jump_n_sample=2)
+    known, settings = masks.bool().expand_as(images), dict(steps=6, jump_length=2, jump_n_sample=2)
     filled, planes = inpaint(model, images, masks, PAIR, **settings)
-    known = masks.bool().expand_as(images)
     assert torch.equal(filled[known], images[known])
     assert torch.equal(planes, model.encode(filled, 0))
     again, other = (inpaint(model, images * masks, masks, PAIR, seed=seed, **settings)[0]
@@ -1132,15 +1520,17 @@ def test_inpainting_keeps_the_known_pixels_and_encodes_them():
 
 
 def test_inpainting_continues_what_is_known_and_follows_repaint():
-    model, generator = Greys(), torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(3)
     grey = Greys.mean + Greys.spread * torch.randn(60, 1, 1, 1, generator=generator)
     images = grey + Greys.grain * torch.randn(60, 3, 16, 16, generator=generator)
     masks = torch.ones(60, 1, 16, 16)
     masks[:, :, :, 9:] = 0
-    filled, _ = inpaint(model, images, masks, PAIR[:1].expand(60, 4, 4), steps=20, jump_length=5,
-                        jump_n_sample=3)
-    hole = filled[..., 9:].mean((1, 2, 3))
-    assert (hole - grey.flatten()).abs().mean() < 0.2 * Greys.spread
+    errors = []
+    for options in ({}, dict(guidance=0.0)):            # the second is RePaint as it was
+        model = Greys()
+        filled, _ = inpaint(model, images, masks, PAIR[:1].expand(60, 4, 4), 20, 5, 3, **options)
+        errors.append((filled[..., 9:].mean((1, 2, 3)) - grey.flatten()).abs().mean())
+    assert errors[0] < errors[1] < 0.2 * Greys.spread
     walk = repaint_schedule(20, 5, 3)
     downs = [50 * (i + 1) for i, j in zip(walk, walk[1:]) if j < i]
     assert [t for t, _ in model.asked] == [*downs, 0]
@@ -1148,17 +1538,30 @@ def test_inpainting_continues_what_is_known_and_follows_repaint():
         kept = float(model.schedule.alpha_bar[t])
         noise = ((x_t - kept ** 0.5 * images) / (1 - kept) ** 0.5)[..., :9]
         assert noise.std().item() == pytest.approx(1, abs=0.03) and abs(noise.mean()) < 0.02
+        power = kept * (Greys.mean ** 2 + Greys.spread ** 2 + Greys.grain ** 2) + 1 - kept
+        assert x_t[..., 9:].square().mean().item() == pytest.approx(power, abs=0.03)
 
 
-@pytest.mark.parametrize("shape", [(1, 16, 16), (2, 3, 16, 16), (2, 1, 8, 8), (1, 1, 16, 16)])
-def test_a_mask_of_another_size_is_refused(shape):
-    with pytest.raises(ValueError, match="mask"):
-        inpaint(Greys(), torch.zeros(2, 3, 16, 16), torch.ones(shape), PAIR)
+BLACK = torch.zeros(2, 3, 16, 16)
+REFUSED = [     # a call, and the word that its sentence must have
+    *((lambda s=s: generate(Greys(), PAIR, steps=s), "steps") for s in (0, -1, 1001)),
+    *((lambda t=t: reconstruct(Greys(), BLACK, PAIR, t_r=t), "t_r") for t in (-1, 1001, math.nan)),
+    *((lambda s=s: reconstruct(Greys(), BLACK, PAIR, 500, s), "steps") for s in (0, -1, 501)),
+    *((lambda s=s: inpaint(Greys(), BLACK, torch.ones(s), PAIR), "mask") for s in (
+        (1, 16, 16), (2, 3, 16, 16), (2, 1, 8, 8), (1, 1, 16, 16))),
+    *((lambda s=s: repaint_schedule(*s), "at least 1") for s in ((0, 5, 5), (9, 0, 5), (9, 5, 0))),
+    (lambda: tiny_model().encode(torch.zeros(1, 3, 32, 32), 0), "16"),
+    (lambda: NoiseSchedule(0), "timesteps"), (lambda: NoiseSchedule(10, "square"), "schedule"),
+    (lambda: evaluate(tiny_model(), synthetic("clevr1", 2, 1, 16)), "2 views")]
 
 
-# ------------------------------------------------------------------------------------------------
-# Evaluation
-# ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("call, word", REFUSED)
+def test_what_cannot_be_done_is_refused(call, word):
+    with pytest.raises(ValueError, match=word):
+        call()
+
+
+# Evaluation -------------------------------------------------------------------------------------
 
 def plain_psnr(a, b):
     return -10 * math.log10(((a.double() - b.double()) ** 2).mean().item())
@@ -1167,10 +1570,9 @@ def plain_psnr(a, b):
 def plain_ssim(a, b):
     """Wang et al. 2004, eq. 13, window by window, for one picture (3, S, S)."""
     bell = np.exp(-0.5 * ((np.arange(11) - 5) / 1.5) ** 2)
-    window, (a, b) = np.outer(bell, bell) / bell.sum() ** 2, (x.double().numpy() for x in (a, b))
-    values = []
+    window, (a, b), values = np.outer(bell, bell) / bell.sum() ** 2, (a.numpy(), b.numpy()), []
     for c, i, j in np.ndindex(3, a.shape[1] - 10, a.shape[2] - 10):
-        p, q = (x[c, i:i + 11, j:j + 11] for x in (a, b))
+        p, q = (x[c, i:i + 11, j:j + 11].astype(float) for x in (a, b))
         mean_p, mean_q = (window * p).sum(), (window * q).sum()
         var_p, var_q = (window * (p - mean_p) ** 2).sum(), (window * (q - mean_q) ** 2).sum()
         both = (window * (p - mean_p) * (q - mean_q)).sum()
@@ -1190,298 +1592,262 @@ def test_psnr_and_ssim_agree_with_plain_loops():
 def test_evaluation_is_what_its_keys_say():
     model, views = tiny_model(), synthetic("clevr1", 18, 3, 16, seed=rd.HELD_OUT)   # two batches
     unit, expected = (views.images + 1) / 2, {}
-    mean = unit.mean((0, 1))
     for i, v in np.ndindex(18, 3):
         planes = model.encode(views.images[i, :1], 0)
         shown = model.render(planes, views.poses[i, v][None])[0][0] / 2 + 0.5
-        pairs = {"input": shown} if v == 0 else {
-            "novel": shown, "baseline_mean_image": mean, "baseline_input_copied": unit[i, 0]}
-        for key, guess in pairs.items():
+        guesses = {"input": shown} if v == 0 else {
+            "novel": shown, "baseline_mean_image": unit.mean((0, 1)),
+            "baseline_input_copied": unit[i, 0]}
+        for key, guess in guesses.items():
             both = plain_psnr(guess, unit[i, v]), plain_ssim(guess, unit[i, v])
             expected.setdefault(key, []).append(both)
     scores = evaluate(model, views)
-    assert scores.keys() == expected.keys()
+    assert scores.keys() == expected.keys() and json.loads(json.dumps(scores)) == scores
     for key, values in expected.items():
         pair = scores[key]["psnr"], scores[key]["ssim"]
         assert pair == pytest.approx(tuple(np.mean(values, axis=0)), abs=2e-3)
-    assert json.loads(json.dumps(scores)) == scores
-    with pytest.raises(ValueError, match="2 views"):
-        evaluate(model, synthetic("clevr1", 2, 1, 16))
 
 
-# ------------------------------------------------------------------------------------------------
-# Checkpoints
-# ------------------------------------------------------------------------------------------------
+# Checkpoints ------------------------------------------------------------------------------------
 
-def test_save_load_sample_gives_the_same_picture(tmp_path):
-    model = train(tiny(steps=2, out=str(tmp_path)))
-    images, _ = generate(model, PAIR, steps=3)
-    loaded = load_checkpoint(tmp_path / "clevr1.pt")
-    assert torch.equal(generate(loaded, PAIR, steps=3)[0], images)
-    assert loaded.config == model.config and not loaded.training
-    assert not any(weight.requires_grad for weight in loaded.parameters())
+def test_save_load_sample_gives_the_same_picture(monkeypatch, tmp_path):
+    model = train_quietly(monkeypatch, tiny(steps=2, out=str(tmp_path)))
     save_checkpoint(tmp_path / "small.pt", model)               # half precision, to share
-    small = load_checkpoint(tmp_path / "small.pt")
-    for (name, half), weight in zip(small.named_parameters(), model.parameters()):
-        assert half.dtype == torch.float32 and torch.equal(half, weight.half().float()), name
-    assert psnr(generate(small, PAIR, steps=3)[0] / 2 + 0.5, images / 2 + 0.5).min() > 40
+    full, small = (load_checkpoint(tmp_path / name) for name in ("clevr1.pt", "small.pt"))
+    (images, _), (same, _), (close, _) = (generate(m, PAIR, steps=3) for m in (model, full, small))
+    assert torch.equal(images, same) and psnr(close / 2 + 0.5, images / 2 + 0.5).min() > 40
+    assert full.config == model.config and not full.training
+    assert small.config == replace(model.config, device="auto", out="out")     # not this machine's
+    for half, weight in zip(small.parameters(), full.parameters()):
+        assert not weight.requires_grad and torch.equal(half, weight.half().float())
     sizes = [(tmp_path / name).stat().st_size for name in ("small.pt", "clevr1.pt")]
     assert sizes[0] < sizes[1] / 4
 
 
 class Hostile:
-    """Unpickled, it makes a folder."""
-
     def __init__(self, path):
         self.path = path
 
-    def __reduce__(self):
+    def __reduce__(self):                               # unpickled, it makes a folder
         return os.mkdir, (str(self.path),)
 
 
-def spoil(trained, folder):
-    """Paths of files that are no checkpoints, each in its own way."""
-    state, whole = torch.load(trained, weights_only=True), trained.read_bytes()
-    def changed(**parts):
-        return {**state, **parts}
-    contents = {
-        "empty": b"", "text": b"not a checkpoint\n" * 99, "start": whole[:200],
-        "half": whole[:len(whole) // 2], "nearly": whole[:-30],
-        "picture": (np.arange(9999) % 251).astype(np.uint8).tobytes(),
-        "pickle": pickle.dumps({"version": 1, "config": Hostile(folder / "ran")}),
-        "hostile": changed(config=Hostile(folder / "ran")), "list": [1, 2, 3],
-        "weights": state["ema"], "version": changed(version=99), "no_weights": changed(ema={}),
-        "no_config": {k: v for k, v in state.items() if k != "config"},
-        "unknown_field": changed(config={**state["config"], "colour": 1}),
-        "bad_field": changed(config={**state["config"], "resolution": 33}),
-        "nan_field": changed(config={**state["config"], "focal": math.nan}),
-        "other_size": changed(config={**state["config"], "unet_channels": 32}),
-        "config_list": changed(config=[1, 2]), "weights_list": changed(ema=[3])}
-    for name, content in contents.items():
-        path = folder / f"{name}.pt"
-        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-        yield path
-
-
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_spoilt_foreign_and_hostile_checkpoints_are_refused(trained, tmp_path):
-    for path in spoil(trained, tmp_path):
-        with pytest.raises(ValueError, match=path.name) as error:
+    state, whole = torch.load(trained, weights_only=True), trained.read_bytes()
+    config, evil = state["config"], {**state, "config": Hostile(tmp_path / "ran")}
+    files = {
+        "empty": b"", "text": b"not a checkpoint\n" * 99, "start": whole[:200],
+        "half": whole[:len(whole) // 2], "nearly": whole[:-30], "pickle": pickle.dumps(evil),
+        "hostile": evil, "list": [1, 2, 3], "weights": state["ema"],
+        "version": {**state, "version": 99}, "no_weights": {**state, "ema": {}},
+        "no_config": {k: v for k, v in state.items() if k != "config"},
+        "field": {**state, "config": {**config, "colour": 1}},
+        "bad_field": {**state, "config": {**config, "resolution": 33}},
+        "nan_field": {**state, "config": {**config, "focal": math.nan}},
+        "other_size": {**state, "config": {**config, "unet_channels": 32}},
+        "config_list": {**state, "config": [1, 2]}, "weights_list": {**state, "ema": [3]}}
+    for name, content in files.items():
+        path = tmp_path / f"{name}.pt"
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        with pytest.raises(ValueError, match=rf"\A.*\b{name}\.pt.*\Z"):        # one line
             load_checkpoint(path)
-        assert "\n" not in str(error.value), path.name
     assert not (tmp_path / "ran").exists()
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_checkpoint(tmp_path / "nowhere.pt")
 
 
 def test_a_failed_save_leaves_the_earlier_file(monkeypatch, trained, tmp_path):
-    path, model = tmp_path / "model.pt", load_checkpoint(trained)
-    save_checkpoint(path, model)
-    before = path.read_bytes()
-
-    def full(state, file):
+    def save(state, file):
         file.write(b"half of it")
         raise OSError("no space left on device")
-    monkeypatch.setattr(torch, "save", full)
+    path = tmp_path / "model.pt"
+    path.write_text("earlier")
+    monkeypatch.setattr(torch, "save", save)
     with pytest.raises(OSError, match="space"):
-        save_checkpoint(path, model)
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+        save_checkpoint(path, load_checkpoint(trained))
+    assert path.read_text() == "earlier" and list(tmp_path.iterdir()) == [path]
 
 
-# ------------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------------
+# Pictures ---------------------------------------------------------------------------------------
 
-OPTIONS = {k: v for k, v in TINY.items() if k != "steps"}
-TRAIN = shlex.split(" ".join(f"--{k.replace('_', '-')} {v}" for k, v in OPTIONS.items()))
+def test_exported_points_lie_on_the_surface_and_come_back_from_the_file(tmp_path):
+    def ball(points, features):
+        distance = points.norm(dim=-1)
+        return 2000 * torch.sigmoid(200 * (0.5 - distance)), points / 2 + 0.5
+    model = SimpleNamespace(mlp=ball, config=Config())
+    poses = orbit(torch.arange(4) * 90.0, 20.0, 2.7)
+    points, normals, colors = rd.surface_points(model, torch.zeros(1, 3, 1, 2, 2), poses, 16)
+    outward = points / points.norm(dim=-1, keepdim=True)
+    assert (points.norm(dim=-1) - 0.5).abs().max() < 0.03 and (points @ poses[0, :3, 3]).max() > 1
+    assert (normals * outward).sum(-1).min() > 0.999
+    rd.save_ply(tmp_path / "ball.ply", points, normals, colors)
+    header, body = (tmp_path / "ball.ply").read_bytes().split(b"end_header\n", 1)
+    fields = [(n, "<f4") for n in ("x", "y", "z", "nx", "ny", "nz")] + [(n, "u1") for n in "rgb"]
+    table = np.frombuffer(body, dtype=fields)
+    assert f"element vertex {len(points)}".encode() in header and len(table) == len(points)
+    assert np.allclose(np.stack([table[n] for n in "xyz"], 1), points, atol=1e-6)
+    assert np.abs(np.stack([table[n] for n in "rgb"], 1) / 255 - colors.numpy()).max() < 0.003
 
 
-def program(*arguments, cwd):
-    """Run the command line in a process of its own."""
-    return subprocess.run([sys.executable, str(HERE / "renderdiffusion.py"), *map(str, arguments)],
-                          cwd=cwd, capture_output=True, text=True, timeout=300)
+# Command line -----------------------------------------------------------------------------------
+
+TRAIN = shlex.split(" ".join(f"--{k.replace('_', '-')} {v}" for k, v in TINY.items()))
+COMMANDS = {        # small ones
+    "demo": "", "train": " ".join(TRAIN), "generate": "--count 2 --steps 3",
+    "reconstruct": "--steps 3", "inpaint": "--steps 3", "evaluate": "--scenes 3 --views 2 --json",
+    "export": "--count 1"}
 
 
 @pytest.fixture
 def desk(trained, tmp_path, monkeypatch):
     """A working folder with a checkpoint, pictures, masks and earlier results in it."""
-    pixels = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "photo.png")
-    for name, side in (("mask", 40), ("wide", 50)):
-        Image.fromarray(np.tile(np.arange(side) * 255 // side, (side, 1)).astype(np.uint8)
-                        ).save(tmp_path / f"{name}.png")
-    (tmp_path / "tiny.pt").write_bytes(trained.read_bytes())
-    (tmp_path / "half.pt").write_bytes(trained.read_bytes()[:9999])
-    (tmp_path / "text.png").write_text("not a picture")
-    (tmp_path / "empty.png").write_bytes(b"")
+    pixels, weights = np.random.default_rng(0).integers(0, 255, (40, 40, 3)), trained.read_bytes()
+    for name, content in (("photo", pixels), ("mask", pixels[..., 0]), ("wide", pixels[:30])):
+        Image.fromarray(content.astype(np.uint8)).save(tmp_path / f"{name}.png")
     (tmp_path / "out").mkdir()
-    for name in ("clevr1.pt", "cars.pt", "generate.png", "generate.gif", "reconstruct.png",
-                 "reconstruct.gif", "inpaint.png", "inpaint.gif"):
-        (tmp_path / "out" / name).write_text("an earlier result")
+    for name, content in {
+            "tiny.pt": weights, "half.pt": weights[:9999], "text.png": b"words", "empty.png": b"",
+            "out/clevr1.pt": weights, "out/generate.png": b"old", "out/generate.gif": b"old",
+            "out/reconstruct.png": b"old", "out/inpaint.png": b"old"}.items():
+        (tmp_path / name).write_bytes(content)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def program(*arguments):
+    """Run the command line in a process of its own."""
+    return subprocess.run([sys.executable, str(HERE / "renderdiffusion.py"), *arguments],
+                          capture_output=True, text=True, timeout=600)
 
 
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-COMMANDS = {"demo": "", "generate": "--count 2 --steps 3", "reconstruct": "--t-r 0 --steps 3",
-            "inpaint": "--steps 3", "evaluate": "--scenes 3 --views 2 --json"}
-
-
-@pytest.mark.parametrize("command", ["train", *COMMANDS])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_runs_and_names_what_it_wrote(command, desk):
-    options = [*TRAIN, "--steps", 2] if command == "train" else [
-        "--checkpoint", "tiny.pt", *COMMANDS[command].split()]
-    done = program(command, *options, "--out", "new/folder", cwd=desk)
+    checkpoint = [] if command == "train" else ["--checkpoint", "tiny.pt"]
+    done = program(command, *checkpoint, *COMMANDS[command].split(), "--out", "new/folder")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    written = [path for path in contents(desk) if "new" in path.parts]
     if command == "evaluate":
-        views = synthetic("clevr1", 3, 2, 16, seed=rd.HELD_OUT)
-        expected, scores = evaluate(load_checkpoint("tiny.pt"), views), json.loads(done.stdout)
-        for key in expected:
-            assert scores[key] == pytest.approx(expected[key], abs=1e-3)
+        scores, views = json.loads(done.stdout), synthetic("clevr1", 3, 2, 16, seed=rd.HELD_OUT)
+        for key, expected in evaluate(load_checkpoint("tiny.pt"), views).items():
+            assert scores[key] == pytest.approx(expected, abs=1e-3)
         return
-    assert written and all(str(path.relative_to(desk)) in done.stdout for path in written)
-    for path in written:
-        assert path.suffix == ".pt" or Image.open(path).size[0] >= 32
-        assert path.suffix != ".gif" or Image.open(path).n_frames > 8
-    kinds = {path.suffix for path in written}
-    assert kinds >= ({".pt"} if command == "train" else {".png", ".gif"})
+    written = [path.relative_to(desk) for path in contents(desk) if "new" in path.parts]
+    kinds = {path.suffix: path for path in written}
+    assert written and all(str(path) in done.stdout for path in written)
     if command == "train":
-        assert load_checkpoint(desk / "new/folder/clevr1.pt").config.resolution == 16
+        assert load_checkpoint(kinds[".pt"]).config.resolution == 16
+    elif command != "export":
+        assert Image.open(kinds[".png"]).size[0] >= 32 and Image.open(kinds[".gif"]).n_frames > 8
 
 
 @pytest.mark.parametrize("line", [
     "reconstruct --image photo.png --t-r 40",
     "reconstruct --image photo.png --t-r 200 --steps 3 --azimuth 30 --elevation 20",
     "inpaint --image photo.png --mask mask.png --steps 3",
-    "inpaint --image photo.png --mask mask.png --steps 3 --azimuth -400 --elevation 30"])
+    "inpaint --image photo.png --mask mask.png --steps 3 --azimuth -40 --elevation 30"])
 def test_picture_files_are_taken(line, desk, capsys):
     rd.main([*shlex.split(line), "--checkpoint", "tiny.pt", "--out", "new"])
     command = line.split()[0]
-    assert {path.name for path in (desk / "new").iterdir()} == {f"{command}.png", f"{command}.gif"}
-    assert "wrote" in capsys.readouterr().out
+    assert {path.name for path in Path("new").iterdir()} == {f"{command}.png", f"{command}.gif"}
+    assert "new/" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_a_seed_is_a_file(desk):
-    for folder, seed in (("a", 3), ("b", 3), ("c", 4)):
-        rd.main(["generate", "--checkpoint", "tiny.pt", "--count", "1", "--steps", "2", "--seed",
-                 str(seed), "--out", folder])
-    a, b, c = (Path(folder, "generate.png").read_bytes() for folder in "abc")
-    assert a == b != c
+BAD_LINES = """
+    : COMMAND | paint: paint | generate --colour red: colour | generate --count nan: count
+    generate --checkpoint nowhere.pt: nowhere.pt | generate --checkpoint half.pt: half.pt
+    generate --checkpoint photo.png: photo.png | generate --checkpoint out: out
+    generate --count 0: count | generate --count -3: count | generate --steps 0: steps
+    generate --steps 1001: steps | generate --eta nan: eta | generate --eta -1: eta
+    generate --eta 2: eta | generate --seed 99999999999999999999999: seed
+    generate --device abacus: abacus | generate --count 1 --steps 1 --out photo.png: photo.png
+    reconstruct --image nowhere.png: nowhere.png | reconstruct --image text.png: text.png
+    reconstruct --image empty.png: empty.png | reconstruct --image out: out
+    reconstruct --t-r 1001: t_r | reconstruct --t-r -1: t_r | reconstruct --t-r nan: t-r
+    reconstruct --t-r 9 --steps 0: steps | reconstruct --image photo.png --azimuth 10: elevation
+    reconstruct --image photo.png --azimuth nan --elevation 10: azimuth
+    reconstruct --image photo.png --azimuth 10 --elevation inf: elevation
+    inpaint --image photo.png --mask wide.png: wide.png | inpaint --fillings 0: fillings
+    inpaint --image photo.png --mask text.png: text.png | inpaint --steps 0: steps
+    inpaint --image photo.png --mask nowhere.png: nowhere.png | evaluate --data boats: boats
+    evaluate --scenes 0: scenes | evaluate --views 1: views | evaluate --t-r -1: t_r
+    train --data boats: boats | train --lr nan: lr | train --resolution 48: resolution
+    train --batch 0: batch | train --steps 0: steps | train --minutes nan: minutes
+    train --seed -1: seed | train --out photo.png: photo.png | train --resume --out empty: empty
+    train --resume --unet-channels 32: clevr1.pt"""
+BAD_LINES = [pair.strip() for pair in re.split(r"\||\n", BAD_LINES) if pair.strip()]
 
 
-BAD_LINES = [       # each with a word that its sentence must have
-    ("", "COMMAND"), ("paint", "paint"), ("generate --colour red", "colour"),
-    ("generate --checkpoint nowhere.pt", "nowhere.pt"),
-    ("generate --checkpoint half.pt", "half.pt"), ("generate --checkpoint photo.png", "photo.png"),
-    ("generate --checkpoint out", "out"), ("generate --count 0", "count"),
-    ("generate --count -3", "count"), ("generate --count nan", "count"),
-    ("generate --steps 0", "steps"), ("generate --steps 1001", "steps"),
-    ("generate --eta nan", "eta"), ("generate --eta -1", "eta"), ("generate --eta 2", "eta"),
-    ("generate --seed 99999999999999999999999", "seed"), ("generate --device abacus", "abacus"),
-    ("generate --count 1 --steps 1 --out photo.png", "photo.png"),
-    ("reconstruct --image nowhere.png", "nowhere.png"),
-    ("reconstruct --image text.png", "text.png"), ("reconstruct --image empty.png", "empty.png"),
-    ("reconstruct --image out", "out"), ("reconstruct --t-r 1001", "t_r"),
-    ("reconstruct --t-r -1", "t_r"), ("reconstruct --t-r nan", "t-r"),
-    ("reconstruct --image photo.png --azimuth 10", "elevation"),
-    ("reconstruct --image photo.png --azimuth nan --elevation 10", "azimuth"),
-    ("reconstruct --image photo.png --azimuth 10 --elevation inf", "elevation"),
-    ("inpaint --image photo.png --mask wide.png", "wide.png"), ("inpaint --steps 0", "steps"),
-    ("inpaint --image photo.png --mask text.png", "text.png"),
-    ("inpaint --image photo.png --mask nowhere.png", "nowhere.png"),
-    ("inpaint --fillings 0", "fillings"), ("evaluate --data boats", "boats"),
-    ("evaluate --scenes 0", "scenes"), ("evaluate --views 1", "views"),
-    ("evaluate --t-r -1", "t_r"), ("train --data boats", "boats"), ("train --lr nan", "lr"),
-    ("train --resolution 48", "resolution"), ("train --batch 0", "batch"),
-    ("train --steps 0", "steps"), ("train --minutes nan", "minutes"), ("train --seed -1", "seed"),
-    ("train --out photo.png", "photo.png"), ("train --resume --out empty", "empty"),
-    ("train --resume", "clevr1.pt"), ("train --resume --out tiny --unet-channels 32", "clevr1.pt")]
-
-
-@pytest.mark.parametrize("line, word", BAD_LINES)
-def test_bad_input_gets_one_sentence_and_costs_nothing(line, word, desk, capsys, monkeypatch):
-    (desk / "tiny").mkdir()
-    (desk / "tiny" / "clevr1.pt").write_bytes((desk / "tiny.pt").read_bytes())
-    monkeypatch.setattr(rd, "denoising_loss", None)             # nothing is trained before it fails
-    before, arguments = contents(desk), shlex.split(line)
+@pytest.mark.parametrize("pair", BAD_LINES)
+def test_bad_input_gets_one_sentence_and_costs_nothing(pair, desk, capsys):
+    line, word = re.fullmatch(r"(.*?): ?(\S+)", pair).groups()
+    before, arguments = contents(desk), line.split()
     if line.startswith("train"):
         arguments = ["train", *TRAIN, *arguments[1:]]
     elif len(arguments) > 1 and "--checkpoint" not in line:
         arguments += ["--checkpoint", "tiny.pt"]
     with pytest.raises(SystemExit) as stop:
         rd.main(arguments)
-    said = capsys.readouterr().err.strip().split("\n")
-    assert stop.value.code == 2 and word in said[-1]
+    out, err = capsys.readouterr()
+    said = err.strip().split("\n")
+    assert stop.value.code == 2 and word in said[-1] and "loss" not in out     # before any work
     assert said[-1].startswith("error: ") and len(said) == 1 or (
         said[0].startswith("usage: ") and ": error: " in said[-1])
     assert contents(desk) == before
 
 
-def test_bad_input_in_a_process_of_its_own(desk):
-    done = program("generate", "--checkpoint", "half.pt", cwd=desk)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+def test_bad_input_in_a_process_of_its_own_and_help(desk, capsys):
+    done = program("generate", "--checkpoint", "half.pt")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: half.pt")
-
-
-def test_help_shows_examples(capsys):
-    for arguments in ([], ["train"], *([command] for command in COMMANDS)):
+    for arguments in ([], *([command] for command in COMMANDS)):
         with pytest.raises(SystemExit) as stop:
             rd.main([*arguments, "--help"])
         assert stop.value.code == 0
         shown = capsys.readouterr().out
-        assert " ".join(["python renderdiffusion.py", *arguments]) in shown
-    assert all(f"python renderdiffusion.py {command}" in rd.__doc__ for command in COMMANDS)
+        assert arguments or all(f"python renderdiffusion.py {name}" in shown for name in COMMANDS)
 
 
-# ------------------------------------------------------------------------------------------------
-# README.md: everything that it shows runs
-# ------------------------------------------------------------------------------------------------
+# README.md: everything that it shows runs -------------------------------------------------------
 
 SKIPPED = ("pip", "pytest", "git", "torchrun", "jupyter", "SLOW=1", "cd")       # first words
-SMALL_OPTIONS = {           # go behind what README.md says, so that they count
-    "train": " ".join([*TRAIN, "--steps 2 --minutes 0"]), "demo": "--checkpoint tiny.pt",
-    "generate": "--checkpoint tiny.pt --count 2 --steps 2",
-    "reconstruct": "--checkpoint tiny.pt --steps 2", "inpaint": "--checkpoint tiny.pt --steps 2",
+SMALL_OPTIONS = {           # put behind what README.md says, so that they count
+    "train": COMMANDS["train"] + " --minutes 0", "demo": "--checkpoint tiny.pt",
+    "generate": "--checkpoint tiny.pt --count 2 --steps 2", "reconstruct": "--checkpoint tiny.pt",
+    "inpaint": "--checkpoint tiny.pt --steps 2", "export": "--checkpoint tiny.pt",
     "evaluate": "--checkpoint tiny.pt --scenes 2 --views 2"}
 SMALL_CODE = [              # replaced in its Python: pattern, replacement
     (r'load_checkpoint\("clevr1"', 'load_checkpoint("tiny.pt"'), (r"\bsteps=\d+", "steps=2"),
     (r"\bscenes=\d+", "scenes=2"), (r"\bminutes=[\d.]+", "minutes=0.0"),
-    (r"\bresolution=(32|64|128)", "resolution=16"), (r'(synthetic|load)\((".*?"), \d+', r"\1(\2, 2"),
+    (r"\bresolution=\d+", "resolution=16"), (r'(synthetic|load)\((".*?"), \d+', r"\1(\2, 2"),
     (r"Config\(", "Config(plane_size=16, unet_channels=16, samples=4, batch=2, rays=8, ")]
-BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", README.read_text(), re.M | re.S) \
-    if README.exists() else []
+BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", README.read_text() if README.exists() else "",
+                    re.M | re.S)
 
 
 @slow
-@pytest.mark.skipif(not BLOCKS, reason="no README.md yet")
+@pytest.mark.skipif(not README.exists(), reason="no README.md yet")
 def test_everything_in_the_readme_runs(desk):
-    for path in (desk / "out").iterdir():
-        path.unlink()
-    names, ran = {}, 0
+    names = {}
+    assert BLOCKS
     for language, block in BLOCKS:
         if language == "python":
             for pattern, small in SMALL_CODE:
                 block = re.sub(pattern, small, block)
             exec(compile(block, "README.md", "exec"), names)
-            ran += 1
             continue
         for line in re.split(r"\n|&&", block.replace("\\\n", " ")):
             words = shlex.split(line, comments=True)
-            if not words or words[0] in SKIPPED:
-                continue
-            assert words[:2] == ["python", "renderdiffusion.py"], f"README.md: how to test {line!r}?"
-            done = program(*words[2:], *shlex.split(SMALL_OPTIONS[words[2]]), cwd=desk)
-            assert done.returncode == 0, f"{line}\n{done.stderr}"
-            ran += 1
-    assert ran
+            if words and words[0] not in SKIPPED:
+                assert words[:2] == ["python", "renderdiffusion.py"], f"how to test {line!r}?"
+                done = program(*words[2:], *SMALL_OPTIONS[words[2]].split())
+                assert done.returncode == 0, f"{line}\n{done.stderr}"
 
 
-# ------------------------------------------------------------------------------------------------
-# The shipped weights
-# ------------------------------------------------------------------------------------------------
+# The shipped weights ----------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
 def clevr1():
@@ -1490,49 +1856,44 @@ def clevr1():
 
 @shipped
 def test_shipped_weights_show_novel_views_of_unseen_scenes(clevr1):
-    views = synthetic("clevr1", 32, 5, clevr1.config.resolution, seed=rd.HELD_OUT)
-    scores = {key: score["psnr"] for key, score in evaluate(clevr1, views).items()}
-    assert scores["novel"] >= 27 and scores["input"] >= scores["novel"]
-    assert scores["novel"] > scores["baseline_input_copied"] + 5
+    scores = evaluate(clevr1, synthetic("clevr1", 32, 5, 32, seed=rd.HELD_OUT))
+    assert scores["novel"]["psnr"] >= 27
+    assert scores["novel"]["psnr"] > scores["baseline_input_copied"]["psnr"] + 5
 
 
 @shipped
 def test_shipped_weights_generate_scenes_of_many_kinds(clevr1):
     poses = orbit(torch.arange(8) * 45.0, 35, clevr1.config.radius)
     images, planes = generate(clevr1, poses, steps=20)
-    truth = synthetic("clevr1", 64, 1, clevr1.config.resolution).images[:, 0]
-    assert images.std(0).mean() > 0.6 * truth.std(0).mean()             # not one mean picture
-    assert images.flatten(2).std(-1).mean() > 0.6 * truth.flatten(2).std(-1).mean()
-    back = clevr1.render(planes, orbit(torch.arange(8) * 45.0 + 180, 35, clevr1.config.radius))[0]
-    assert back.std(0).mean() > 0.6 * truth.std(0).mean()
+    truth = synthetic("clevr1", 64, 1, 32, seed=rd.HELD_OUT).images[:, 0]
+    for shown in (images, clevr1.render(planes, poses.roll(4, dims=0))[0]):     # and from behind
+        assert shown.std(0).mean() > 0.6 * truth.std(0).mean()      # not the same picture each time
+        assert shown.flatten(2).std(-1).mean() > 0.6 * truth.flatten(2).std(-1).mean()  # nor flat
 
 
 @slow
 @shipped
 def test_shipped_weights_find_the_camera(clevr1):
-    views = synthetic("clevr1", 24, 1, clevr1.config.resolution, seed=rd.HELD_OUT)
-    images, truth = views.images[:, 0], views.poses[:, 0]
+    views = synthetic("clevr1", 24, 1, 32, seed=rd.HELD_OUT)
+    images, poses = views.images[:, 0], views.poses[:, 0]
     planes = reconstruct(clevr1, images)
-    given, found = (psnr(rd.to_unit(clevr1.render(planes, poses)[0]), rd.to_unit(images)).mean()
-                    for poses in (truth, rd.find_poses(clevr1, images)))
+    given, found = (psnr(rd.to_unit(clevr1.render(planes, pose)[0]), rd.to_unit(images)).mean()
+                    for pose in (poses, rd.find_poses(clevr1, images)))
     assert found > given - 1
 
 
 @slow
 @shipped
 def test_shipped_weights_fill_a_hole_in_two_ways(clevr1):
-    views, S = synthetic("clevr1", 8, 1, clevr1.config.resolution, seed=rd.HELD_OUT), 32
-    images, poses, S = views.images[:, 0], views.poses[:, 0], clevr1.config.resolution
-    masks = torch.ones(8, 1, S, S)
-    masks[:, :, S // 3:, S // 4:3 * S // 4] = 0
-    hole = (masks == 0).expand_as(images)
+    views = synthetic("clevr1", 8, 1, 32, seed=rd.HELD_OUT)
+    images, poses, masks = views.images[:, 0], views.poses[:, 0], torch.ones(8, 1, 32, 32)
+    masks[:, :, 10:, 10:22] = 0
 
     def known_psnr(planes):
         error = (clevr1.render(planes, poses)[0] - images).square() / 4 * masks
-        return -10 * (error.sum((1, 2, 3)) / 3 / masks.sum((1, 2, 3))).log10()
-    fillings = [inpaint(clevr1, images, masks, poses, steps=20, seed=seed) for seed in (0, 1)]
-    reference = known_psnr(reconstruct(clevr1, images)).mean()
-    for filled, planes in fillings:
-        assert torch.equal(filled[~hole], images[~hole])
-        assert known_psnr(planes).mean() > reference - 3
-    assert (fillings[0][0] - fillings[1][0])[hole].square().mean().sqrt() > 0.05
+        return -10 * (error.mean((1, 2, 3)) / masks.mean((1, 2, 3))).log10().mean()
+    (a, planes), (b, others) = (inpaint(clevr1, images, masks, poses, 20, seed=s) for s in (0, 1))
+    limit = known_psnr(reconstruct(clevr1, images)) - 3
+    assert known_psnr(planes) > limit and known_psnr(others) > limit
+    assert torch.equal(a * masks, images * masks)
+    assert (a - b)[(masks == 0).expand_as(a)].square().mean().sqrt() > 0.05
