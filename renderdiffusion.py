@@ -73,7 +73,7 @@ class Config:
     unet_channels: int = 48     # channels at S / 2, a multiple of 16; up to four times that below
     mlp_hidden: int = 64        # width of the MLP's two hidden layers
     samples: int = 16           # stratified samples a ray
-    fine_samples: int = 0       # importance samples a ray, where the first ones saw matter
+    fine_samples: int = 16      # importance samples where those saw matter; not in training
     # diffusion
     timesteps: int = 1000       # T
     schedule: str = "cosine"    # cosine or linear
@@ -414,10 +414,14 @@ class RenderDiffusion(nn.Module):
         return planes.float().reshape(len(x_t), 3, -1, N, N)
 
     def march(self, planes, origins, directions, jitter=None):
-        """Rays (B, R, 3) through planes -> rgb (B, R, 3) in [0, 1], depth, opacity (B, R)."""
+        """Rays (B, R, 3) through planes -> rgb (B, R, 3) in [0, 1], depth, opacity (B, R).
+
+        With jitter (B, R, samples), as in training, by stratified samples alone.
+        """
         def field(points):
             return self.mlp(points, sample_triplanes(planes, points))
-        return march(field, origins, directions, self.config.samples, self.config.fine_samples,
+        fine_samples = self.config.fine_samples if jitter is None else 0
+        return march(field, origins, directions, self.config.samples, fine_samples,
                      self.background, jitter)
 
     def render(self, planes, poses, focal=None, resolution=None):
@@ -480,7 +484,7 @@ def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1):
     noise = torch.randn(world * B, *x0.shape[1:], device=device)[mine]
     x_t = ema.schedule.add_noise(source, t, noise)
     pixels = draw(x0[0, 0].numel()).argsort(dim=1)[:, :config.rays]            # (B, n)
-    jitter = draw(pixels.shape[1], config.samples + config.fine_samples)
+    jitter = draw(pixels.shape[1], config.samples)
     x0_hat = model(x_t, t, poses, pixels, jitter)                              # (B, n, 3)
     target = x0.flatten(2).mT.gather(1, pixels[..., None].expand(-1, -1, 3))
     return F.l1_loss(x0_hat, target) if config.loss == "l1" else F.mse_loss(x0_hat, target)
