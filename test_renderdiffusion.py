@@ -34,9 +34,8 @@ from renderdiffusion import (Config, NoiseSchedule, RadianceMLP, RenderDiffusion
                              repaint_schedule, sample_triplanes, save_checkpoint, ssim, train)
 
 HERE = Path(__file__).resolve().parent
-SHIPPED, README = HERE / "checkpoints" / "clevr1.pt", HERE / "README.md"
+README = HERE / "README.md"
 slow = pytest.mark.skipif(os.environ.get("SLOW") != "1", reason="slow: set SLOW=1")
-shipped = pytest.mark.skipif(not SHIPPED.exists(), reason="no checkpoints/clevr1.pt yet")
 
 
 # data.py: scenes by hand ------------------------------------------------------------------------
@@ -1231,7 +1230,8 @@ def test_a_soft_sphere_converges_to_the_closed_form():
         return 20 * (1 - p.square().sum(-1) / 0.64).clamp(min=0), torch.ones_like(p)
     aside = torch.linalg.cross(*camera_rays(PAIR, 1.6, 16)).square().sum(-1).view(2, 16, 16)
     expected = 1 - torch.exp(-80 / 3 * (0.64 - aside).clamp(min=0) ** 1.5 / 0.64)
-    errors = [(render_field(field, samples=K, fine_samples=0)[2] - expected).abs().max() for K in (8, 32, 128)]
+    errors = [(render_field(field, samples=K, fine_samples=0)[2] - expected).abs().max()
+              for K in (8, 32, 128)]
     assert errors[2] < 1e-3 and errors[2] < errors[1] / 4 < errors[0] / 16
 
 
@@ -1854,14 +1854,12 @@ def clevr1():
     return load_checkpoint("clevr1")
 
 
-@shipped
 def test_shipped_weights_show_novel_views_of_unseen_scenes(clevr1):
     scores = evaluate(clevr1, synthetic("clevr1", 32, 5, 32, seed=rd.HELD_OUT))
     assert scores["novel"]["psnr"] >= 27
     assert scores["novel"]["psnr"] > scores["baseline_input_copied"]["psnr"] + 5
 
 
-@shipped
 def test_shipped_weights_generate_scenes_of_many_kinds(clevr1):
     poses = orbit(torch.arange(8) * 45.0, 35, clevr1.config.radius)
     images, planes = generate(clevr1, poses, steps=20)
@@ -1872,7 +1870,6 @@ def test_shipped_weights_generate_scenes_of_many_kinds(clevr1):
 
 
 @slow
-@shipped
 def test_shipped_weights_find_the_camera(clevr1):
     views = synthetic("clevr1", 24, 1, 32, seed=rd.HELD_OUT)
     images, poses = views.images[:, 0], views.poses[:, 0]
@@ -1883,7 +1880,6 @@ def test_shipped_weights_find_the_camera(clevr1):
 
 
 @slow
-@shipped
 def test_shipped_weights_fill_a_hole_in_two_ways(clevr1):
     views = synthetic("clevr1", 8, 1, 32, seed=rd.HELD_OUT)
     images, poses, masks = views.images[:, 0], views.poses[:, 0], torch.ones(8, 1, 32, 32)
