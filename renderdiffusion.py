@@ -933,6 +933,7 @@ def load_checkpoint(name_or_path, device="cpu"):
 
 
 def first_line(error):
+    """An error's first line, shortened: what fits into one sentence."""
     return str(error).strip().split("\n")[0][:300]
 
 
