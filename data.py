@@ -642,21 +642,28 @@ def to_tensor(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
+def square(image, side, method, fit, color):
+    """A PIL image fitted into a square: fit "crop" takes its middle, "pad" lays it on a color."""
+    if fit not in ("crop", "pad"):
+        raise ValueError(f"fit must be crop or pad, not {fit!r}")
+    if fit == "crop":
+        return ImageOps.fit(image, (side, side), method)
+    return ImageOps.pad(image, (side, side), method, color)
+
+
 def read_image(path, resolution, background=(1.0, 1.0, 1.0), fit="crop"):
     """A picture file of any size -> (3, S, S) in [-1, 1].
 
     Alpha is composited on `background` (RGB in [-1, 1]); the picture is cropped to its middle
     square, or padded to a square with fit="pad", and resized with anti-aliasing.
     """
-    method, more = ImageOps.fit, {}
-    if fit == "pad":
-        method, more = ImageOps.pad, {"color": tuple(round((b + 1) * 127.5) for b in background)}
-    return to_tensor(method(flatten(path, background), (resolution, resolution),
-                            Image.Resampling.LANCZOS, **more))
+    image, color = flatten(path, background), tuple(round((b + 1) * 127.5) for b in background)
+    return to_tensor(square(image, resolution, Image.Resampling.LANCZOS, fit, color))
 
 
 def read_mask(path, resolution, size=None, fit="crop"):
-    """A mask file, white = known, -> (1, S, S) of 0 and 1, fitted as `read_image` fits its picture.
+    """A mask file, white = known, -> (1, S, S) of 0 and 1, fitted as `read_image` fits its picture;
+    what is padded is known.
 
     size: the picture's (width, height), S x S if None; ValueError where the mask's is another.
     """
@@ -664,9 +671,8 @@ def read_mask(path, resolution, size=None, fit="crop"):
     if image.size != size:
         raise ValueError(f"the mask {path} is {image.size[0]} x {image.size[1]} pixels and its "
                          f"picture {size[0]} x {size[1]}: make them equal")
-    method = ImageOps.pad if fit == "pad" else ImageOps.fit
-    square = method(image, (resolution, resolution), Image.Resampling.BOX)
-    return (torch.from_numpy(np.array(square))[None] > 127).float()
+    image = square(image, resolution, Image.Resampling.BOX, fit, color=255)
+    return (torch.from_numpy(np.array(image))[None] > 127).float()
 
 
 # ------------------------------------------------------------------------------------------------

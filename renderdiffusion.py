@@ -1049,7 +1049,7 @@ def around(model, planes, poses, views, mark=""):
                    for v, pose in enumerate(turn_poses(model, 45, views))}
 
 
-def input_pictures(model, image, azimuth, elevation, seed, count):
+def input_pictures(model, image, fit, azimuth, elevation, seed, count):
     """The picture file and its camera, if it is given, or scenes that training never saw -> images
     (B, 3, S, S), poses (B, 4, 4) or None, and the scenes as `Views` of five or None."""
     config, device = model.config, model.background.device
@@ -1058,7 +1058,7 @@ def input_pictures(model, image, azimuth, elevation, seed, count):
         return views.images[:, 0], views.poses[:, 0], views
     if (azimuth is None) != (elevation is None):
         raise ValueError("a camera needs both --azimuth and --elevation, or leave both away")
-    images = read_image(image, config.resolution, config.background)[None].to(device)
+    images = read_image(image, config.resolution, config.background, fit)[None].to(device)
     return images, None if azimuth is None else orbit(
         torch.tensor([azimuth], device=device), elevation, config.radius), None
 
@@ -1070,10 +1070,10 @@ def run_generate(model, out, seed, count=8, steps=50, eta=1.0, name="generate"):
     finish({"generated": images} | around(model, planes, poses, 4), model, planes, out, name)
 
 
-def run_reconstruct(model, out, seed, image=None, t_r=(0,), steps=None, azimuth=None,
+def run_reconstruct(model, out, seed, image=None, fit="crop", t_r=(0,), steps=None, azimuth=None,
                     elevation=None, name="reconstruct"):
     """3D from one picture, seen from its own camera and from others; beside the truth if known."""
-    images, poses, truth = input_pictures(model, image, azimuth, elevation, seed, count=8)
+    images, poses, truth = input_pictures(model, image, fit, azimuth, elevation, seed, 8)
     poses = find_poses(model, images) if poses is None else poses
     others = (turn_poses(model, 45, 4).expand(len(images), 4, 4, 4) if truth is None
               else truth.poses[:, 1:])                                         # (B, 4, 4, 4)
@@ -1092,16 +1092,16 @@ def run_reconstruct(model, out, seed, image=None, t_r=(0,), steps=None, azimuth=
     finish(rows, model, planes, out, name)
 
 
-def run_inpaint(model, out, seed, image=None, mask=None, steps=50, azimuth=None, elevation=None,
-                fillings=1, name="inpaint"):
+def run_inpaint(model, out, seed, image=None, mask=None, fit="crop", steps=50, azimuth=None,
+                elevation=None, fillings=1, name="inpaint"):
     """Fill the masked part of a picture, and look at the result from other sides."""
-    images, poses, _ = input_pictures(model, image, azimuth, elevation, seed, count=4)
+    images, poses, _ = input_pictures(model, image, fit, azimuth, elevation, seed, 4)
     S = images.shape[-1]
     masks = torch.ones_like(images[:, :1])
     if mask is None:                                # a square of 40 % of the side, in the middle
         masks[:, :, round(0.3 * S):round(0.7 * S), round(0.3 * S):round(0.7 * S)] = 0
     else:
-        masks[:] = read_mask(mask, S, image and open_picture(image).size)
+        masks[:] = read_mask(mask, S, image and open_picture(image).size, fit)
     poses = find_poses(model, images, masks) if poses is None else poses
     rows = {"input": images, "masked": images * masks + masks - 1}
     for k in range(fillings):
@@ -1119,14 +1119,12 @@ def run_demo(model, out, seed):
     run_inpaint(model, out, seed, steps=20, fillings=2, name="demo_inpaint")
 
 
-def run_export(model, out, seed, image=None, count=4):
+def run_export(model, out, seed, image=None, fit="crop", count=4):
     """Scenes, generated or from a picture, as coloured point clouds for Blender or MeshLab."""
     if image is None:
         _, planes = generate(model, turn_poses(model, 0, count), seed=seed)
     else:
-        planes = reconstruct(model, read_image(image, model.config.resolution,
-                                               model.config.background)[None].to(
-                                                   model.background.device))
+        planes = reconstruct(model, input_pictures(model, image, fit, None, None, seed, 1)[0])
     azimuths = torch.arange(0, 360, 30.0, device=model.background.device)
     poses = torch.cat([orbit(azimuths, e, model.config.radius) for e in (-20.0, 20.0, 60.0)])
     for i in range(len(planes)):
@@ -1162,6 +1160,7 @@ HELP = {    # an option, its type where the default does not tell, what it is
     "steps": (int, "network calls, evenly over the noise levels; None: 50 for all T"),
     "eta": (float, "1: noise anew at each step (ancestral), 0: none (DDIM)"),
     "image": (str, "picture file; None: scenes that training never saw"),
+    "fit": (str, "make the picture square: crop to its middle, or pad with the background"),
     "mask": (str, "mask file, white = keep; None: a square in the middle is filled"),
     "fillings": (int, "in how many ways to fill it"),
     "t_r": (int, "noise level to reconstruct from, 0 to T"),

@@ -18,6 +18,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -28,13 +29,15 @@ import data
 import renderdiffusion as rd
 from data import (BOX, CLEVR_COLORS, CLEVR_NAMES, CLEVR_SCALE, CYLINDER, EMPTY, SETS, SPHERE, Draw,
                   Scenes, camera_rays, load, load_clevr, load_clevr567, load_folder, load_srn,
-                  orbit, random_poses, random_scenes, solve_clevr_camera, synthetic, trace)
+                  orbit, random_poses, random_scenes, read_image, read_mask, solve_clevr_camera,
+                  synthetic, trace)
 from renderdiffusion import (Config, NoiseSchedule, RadianceMLP, RenderDiffusion, composite,
                              evaluate, generate, inpaint, load_checkpoint, psnr, reconstruct,
                              repaint_schedule, sample_triplanes, save_checkpoint, ssim, train)
 
 HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
+BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", README.read_text(), re.M | re.S)
 slow = pytest.mark.skipif(os.environ.get("SLOW") != "1", reason="slow: set SLOW=1")
 
 
@@ -841,6 +844,23 @@ def test_sizes_and_depths_of_pictures(tmp_path):
     assert torch.equal(views.images[0, 1, 0], views.images[0, 1, 1])
 
 
+def test_a_picture_of_any_size_is_cropped_or_padded_with_its_mask(tmp_path):
+    """A white disc in the middle third of a wide picture, transparent beside it."""
+    y, x = np.mgrid[:60, :180] + 0.5
+    disc = np.hypot(x - 90, y - 30) < 20
+    rgba = np.dstack([disc, disc, disc, abs(x - 90) < 60])
+    save(tmp_path / "wide.png", np.uint8(255 * rgba))
+    save(tmp_path / "mask.png", np.uint8(255 * ~disc))
+    for fit, radius in ("crop", 20 * 32 / 60), ("pad", 20 * 32 / 180):
+        image = read_image(tmp_path / "wide.png", 32, (0.5, 0.5, 0.5), fit)
+        known = read_mask(tmp_path / "mask.png", 32, (180, 60), fit)
+        area = math.pi * radius ** 2
+        assert image[0][known[0] == 0].mean() > 0.7
+        assert (known == 0).sum() == pytest.approx(area, rel=0.1)
+        assert image[:, 16, 16].min() > 0.9 and known[0, 16, 16] == 0 and known[0, 0, 0] == 1
+        assert image[0, 16, 0].item() == pytest.approx(-1 if fit == "crop" else 0.5, abs=0.01)
+
+
 def test_nmr_without_a_camera(tmp_path):
     write_nmr(tmp_path, ["aa"], views=2)
     np.savez(tmp_path / "aa" / "cameras.npz", world_mat_0=np.eye(4), camera_mat_0=np.eye(4))
@@ -900,28 +920,10 @@ def test_unknown_paths(tmp_path):
 # README.md's recipes
 # ------------------------------------------------------------------------------------------------
 
-COLMAP = """
-import json, numpy as np
-rows = lambda name: [line.split() for line in open(name) if line[0] != "#"]
-images, poses = rows("images.txt")[::2], []
-for a, x, y, z, *t in (np.float64(row[1:8]) for row in images):     # a quaternion and a shift
-    K = np.cross(np.eye(3), [x, y, z])
-    R = np.eye(3) + 2 * a * K + 2 * K @ K                           # world to camera
-    poses.append(np.r_[np.c_[R.T, -R.T @ t], [[0, 0, 0, 1]]])
-poses = np.array(poses)
-right, down, into, center = poses[:, :3].transpose(2, 0, 1)
-off = np.eye(3) - into[:, :, None] * into[:, None]      # the point that all look at: the origin
-center -= np.linalg.solve(off.sum(0), (off @ center[..., None]).sum(0))[:, 0]
-z = np.linalg.svd(right)[2][2]                          # pictures are taken level: z is up
-z *= -np.sign(z @ down.sum(0))
-x = np.cross(into[0], z) / np.linalg.norm(np.cross(into[0], z))
-poses[:, :3] = np.stack([x, np.cross(z, x), z]) @ poses[:, :3]
-about = dict(zip(("w", "h", "fl_x", "fl_y", "cx", "cy"), map(float, rows("cameras.txt")[0][2:])))
-about["frames"] = [{"file_path": f"images/{row[9]}",
-                    "transform_matrix": (pose * [1, -1, -1, 1]).tolist()}
-                   for row, pose in zip(images, poses)]
-json.dump(about, open("transforms.json", "w"))
-"""
+def recipe(word):
+    """The one Python block of README.md that has this word."""
+    block, = (code for language, code in BLOCKS if language == "python" and word in code)
+    return block
 
 
 def test_colmap_recipe(tmp_path, monkeypatch):
@@ -942,12 +944,46 @@ def test_colmap_recipe(tmp_path, monkeypatch):
     write(tmp_path / "cameras.txt", f"# Camera list\n1 PINHOLE {side} {side} {focal * side} "
           f"{focal * side} {side / 2} {side / 2}\n")
     monkeypatch.chdir(tmp_path)
-    exec(COLMAP, {})
+    exec(recipe("images.txt"), {})
     views = load_folder(tmp_path, resolution=side, scale=7.0)
     spin = views.poses[0, 0] @ poses[0, 0].inverse()            # about z, which no picture tells
     assert torch.allclose(spin[2], torch.tensor([0, 0, 1.0, 0]), atol=1e-4)
     assert torch.allclose(spin @ poses[0], views.poses[0], atol=1e-4)
     assert torch.allclose(spin[:3, 3], torch.zeros(3), atol=1e-4)
+
+
+def test_blender_recipe(tmp_path, monkeypatch):
+    """In a stand-in for Blender, whose cameras have OpenGL's axes: x right, y up, z backwards."""
+    poses, focal = cameras(3), 1.2
+    camera = SimpleNamespace(data=SimpleNamespace(angle_x=2 * math.atan(0.5 / focal)))
+    scene = SimpleNamespace(frame_start=1, frame_end=3, render=SimpleNamespace(), camera=camera)
+
+    def frame_set(frame):
+        scene.frame, camera.matrix_world = frame - 1, poses[0, frame - 1].double().numpy() @ FLIP
+
+    def render(write_still):
+        some = poses[:, scene.frame:scene.frame + 1]
+        save(Path(scene.render.filepath), pictures(some, focal, 100)[0, 0])
+    scene.frame_set = frame_set
+    monkeypatch.setitem(sys.modules, "bpy", SimpleNamespace(
+        context=SimpleNamespace(scene=scene),
+        path=SimpleNamespace(abspath=lambda path: path.replace("/", str(tmp_path), 1)),
+        ops=SimpleNamespace(render=SimpleNamespace(render=render))))
+    exec(recipe("bpy"), {})
+    check(load_folder(tmp_path / "capture", resolution=100, scale=1.0), poses)
+
+
+@pytest.mark.parametrize("top", ["srn_cars/", ""])
+def test_subset_recipe(srn, tmp_path, monkeypatch, top):
+    """The first objects of an archive, whether or not it has a top folder, and nothing else."""
+    root, poses, held_out = srn
+    with ZipFile(tmp_path / "srn_cars.zip", "w") as archive:
+        for path in root.rglob("*"):                            # folders have entries of their own
+            archive.write(path, top + str(path.relative_to(root)))
+    monkeypatch.chdir(tmp_path)
+    exec(recipe("srn_cars.zip").replace("200", "2").replace("50", "1"), {})
+    check(load_srn(tmp_path / "data" / top, resolution=128), poses[:2])
+    check(load_srn(tmp_path / "data" / top, seed=-1, resolution=128), held_out[:1])
 
 
 # renderdiffusion.py: small models, and what stands in for their parts ---------------------------
@@ -1681,6 +1717,12 @@ def test_exported_points_lie_on_the_surface_and_come_back_from_the_file(tmp_path
     outward = points / points.norm(dim=-1, keepdim=True)
     assert (points.norm(dim=-1) - 0.5).abs().max() < 0.03 and (points @ poses[0, :3, 3]).max() > 1
     assert (normals * outward).sum(-1).min() > 0.999
+    sphere = torch.eye(3, 4)[None, None] / 2                    # the same, by the tracer's depth
+    traced = Scenes(torch.tensor([[SPHERE]]), sphere, sphere[..., 0], torch.zeros(1, 1), -9, WHITE)
+    depth = trace(traced, poses[None], 1.6, 16)[1].view(4, -1)
+    origins, directions = camera_rays(poses, 1.6, 16)
+    seen = (origins + depth[..., None] * directions)[depth < 3]
+    assert len(seen) > 200 and torch.cdist(seen, points).amin(1).max() < 0.03
     rd.save_ply(tmp_path / "ball.ply", points, normals, colors)
     header, body = (tmp_path / "ball.ply").read_bytes().split(b"end_header\n", 1)
     fields = [(n, "<f4") for n in ("x", "y", "z", "nx", "ny", "nz")] + [(n, "u1") for n in "rgb"]
@@ -1746,7 +1788,7 @@ def test_each_command_runs_and_names_what_it_wrote(command, desk):
 
 @pytest.mark.parametrize("line", [
     "reconstruct --image photo.png --t-r 40",
-    "reconstruct --image photo.png --t-r 200 --steps 3 --azimuth 30 --elevation 20",
+    "reconstruct --image wide.png --fit pad --t-r 200 --steps 3 --azimuth 30 --elevation 20",
     "inpaint --image photo.png --mask mask.png --steps 3",
     "inpaint --image photo.png --mask mask.png --steps 3 --azimuth -40 --elevation 30"])
 def test_picture_files_are_taken(line, desk, capsys):
@@ -1771,6 +1813,7 @@ BAD_LINES = """
     reconstruct --image photo.png --azimuth nan --elevation 10: azimuth
     reconstruct --image photo.png --azimuth 10 --elevation inf: elevation
     inpaint --image photo.png --mask wide.png: wide.png | inpaint --fillings 0: fillings
+    reconstruct --image photo.png --fit squeeze: fit
     inpaint --image photo.png --mask text.png: text.png | inpaint --steps 0: steps
     inpaint --image photo.png --mask nowhere.png: nowhere.png | evaluate --data boats: boats
     evaluate --scenes 0: scenes | evaluate --views 1: views | evaluate --t-r -1: t_r
@@ -1814,6 +1857,7 @@ def test_bad_input_in_a_process_of_its_own_and_help(desk, capsys):
 # README.md: everything that it shows runs -------------------------------------------------------
 
 SKIPPED = ("pip", "pytest", "git", "torchrun", "jupyter", "SLOW=1", "cd")       # first words
+RECIPES = "images.txt", "bpy", "srn_cars.zip"                       # files that are not here
 SMALL_OPTIONS = {           # put behind what README.md says, so that they count
     "train": COMMANDS["train"] + " --minutes 0", "demo": "--checkpoint tiny.pt",
     "generate": "--checkpoint tiny.pt --count 2 --steps 2", "reconstruct": "--checkpoint tiny.pt",
@@ -1824,16 +1868,15 @@ SMALL_CODE = [              # replaced in its Python: pattern, replacement
     (r"\bscenes=\d+", "scenes=2"), (r"\bminutes=[\d.]+", "minutes=0.0"),
     (r"\bresolution=\d+", "resolution=16"), (r'(synthetic|load)\((".*?"), \d+', r"\1(\2, 2"),
     (r"Config\(", "Config(plane_size=16, unet_channels=16, samples=4, batch=2, rays=8, ")]
-BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", README.read_text() if README.exists() else "",
-                    re.M | re.S)
 
 
 @slow
-@pytest.mark.skipif(not README.exists(), reason="no README.md yet")
 def test_everything_in_the_readme_runs(desk):
     names = {}
     assert BLOCKS
     for language, block in BLOCKS:
+        if any(word in block for word in RECIPES):                  # they have their own tests
+            continue
         if language == "python":
             for pattern, small in SMALL_CODE:
                 block = re.sub(pattern, small, block)
