@@ -283,8 +283,9 @@ class RadianceMLP(nn.Module):
 
     def __init__(self, C, hidden):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(3 + C, hidden), nn.ReLU(),
-                                    nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 4))
+        self.layers = nn.Sequential(nn.Linear(3 + C, hidden), nn.ReLU(inplace=True),
+                                    nn.Linear(hidden, hidden), nn.ReLU(inplace=True),
+                                    nn.Linear(hidden, 4))
 
     def forward(self, points, features):
         out = self.layers(torch.cat([points, features], dim=-1))
@@ -413,26 +414,26 @@ class RenderDiffusion(nn.Module):
             planes = self.unet(x_t, t)
         return planes.float().reshape(len(x_t), 3, -1, N, N)
 
-    def march(self, planes, origins, directions, jitter=None):
+    def march(self, planes, origins, directions, fine=True, jitter=None):
         """Rays (B, R, 3) through planes -> rgb (B, R, 3) in [0, 1], depth, opacity (B, R).
 
-        With jitter (B, R, samples), as in training, by stratified samples alone.
+        Not `fine`: by stratified samples alone, as in training, where jitter is (B, R, samples).
         """
         def field(points):
             return self.mlp(points, sample_triplanes(planes, points))
-        fine_samples = self.config.fine_samples if jitter is None else 0
-        return march(field, origins, directions, self.config.samples, fine_samples,
-                     self.background, jitter)
+        return march(field, origins, directions, self.config.samples,
+                     self.config.fine_samples if fine else 0, self.background, jitter)
 
-    def render(self, planes, poses, focal=None, resolution=None):
+    def render(self, planes, poses, focal=None, resolution=None, fine=True):
         """Planes (B, 3, C, N, N) from poses (B, 4, 4) -> rgb (B, 3, S, S) in [-1, 1], depth,
-        opacity (B, S, S). focal, in image widths, and resolution default to the config's.
+        opacity (B, S, S). focal, in image widths, and resolution default to the config's; not
+        `fine`: without importance samples, in half the time.
         """
         S = resolution or self.config.resolution
         origins, directions = camera_rays(poses, focal or self.config.focal, S)
         points = self.points_at_once * (1 if planes.device.type == "cpu" else 64)
         rays = points // (len(planes) * self.config.samples) + 1
-        parts = [self.march(planes, o, d)
+        parts = [self.march(planes, o, d, fine)
                  for o, d in zip(origins.split(rays, 1), directions.split(rays, 1))]
         rgb, depth, opacity = (torch.cat(part, dim=1) for part in zip(*parts))
         return (rgb.mT.reshape(-1, 3, S, S) * 2 - 1, depth.view(-1, S, S), opacity.view(-1, S, S))
@@ -444,7 +445,7 @@ class RenderDiffusion(nn.Module):
             return self.render(planes, poses)[0]
         rays = camera_rays(poses, self.config.focal, self.config.resolution)
         origins, directions = (r.gather(1, pixels[..., None].expand(-1, -1, 3)) for r in rays)
-        return self.march(planes, origins, directions, jitter)[0] * 2 - 1
+        return self.march(planes, origins, directions, jitter is None, jitter)[0] * 2 - 1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -535,7 +536,8 @@ def train(config, loss=denoising_loss):
     model = RenderDiffusion(config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     model.bf16 = bf16_is_fast(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.9, 0.99),
+                                 fused=device.type in ("cuda", "cpu"))
     path = Path(config.out) / f"{Path(config.data).resolve().name}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
@@ -679,7 +681,7 @@ def denoise(model, x_t, poses, levels, eta, generator):
     """From x_t at the last of the rising `levels` down to their first, 0 -> images, planes."""
     for t, s in zip(levels[:0:-1], levels[-2::-1]):
         planes = model.encode(x_t, t)
-        x0_hat = model.render(planes, poses)[0].clamp(-1, 1)
+        x0_hat = model.render(planes, poses, fine=s == 0)[0].clamp(-1, 1)      # fine: what is kept
         mean, variance = model.schedule.posterior(x0_hat, x_t, t, s, eta)
         x_t = mean + variance.sqrt() * standard_normal(x_t, generator)         # s = 0: variance 0
     return x_t, planes
@@ -775,7 +777,7 @@ def repaint_schedule(steps, jump_length, jump_n_sample):
 
 @torch.no_grad()
 def inpaint(model, images, masks, poses=None, steps=50, jump_length=5, jump_n_sample=5, seed=0,
-            guidance=4.0):
+            guidance=8.0):
     """Fill images (B, 3, S, S) where masks (B, 1, S, S) are 0 -> images, planes.
 
     RePaint (Lugmayr et al. 2022, algorithm 1) as its code has it: before each step down, the known
@@ -806,7 +808,7 @@ def inpaint(model, images, masks, poses=None, steps=50, jump_length=5, jump_n_sa
         x = known * schedule.add_noise(images, t, noise) + (1 - known) * x
         with torch.enable_grad():
             x.requires_grad_()
-            x0_hat = model.render(model.encode(x, t), poses)[0]
+            x0_hat = model.render(model.encode(x, t), poses, fine=False)[0]
             misfit = ((known * (x0_hat - images)).square().sum((1, 2, 3)) + 1e-12).sqrt()
             gradient, = torch.autograd.grad(misfit.sum(), x)
         x, x0_hat = x.detach(), x0_hat.detach().clamp(-1, 1)
