@@ -24,7 +24,6 @@ from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -611,14 +610,14 @@ def synthetic(name, scenes, views=1, resolution=64, seed=0, device="cpu", start=
 
 def open_picture(path):
     """The picture in a file as a PIL image, turned as its EXIF says; ValueError if it is none."""
+    if not Path(path).is_file():                    # a pipe would be waited for
+        raise FileNotFoundError(f"there is no picture {path}")
     try:
         image = Image.open(path)
         image.load()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no picture {path}") from None
+        image = ImageOps.exif_transpose(image)
     except Exception as error:                      # PIL raises a dozen kinds
         raise ValueError(f"{path} is no picture, or is damaged: {error}") from None
-    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):                  # 16 bits, which PIL would cut off at 255
         image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
     return image
@@ -797,11 +796,11 @@ def read_views(path, found, shots_of, scale, asked, background=(1.0, 1.0, 1.0)):
         start = mix(mix(seed) ^ i) if V < len(shots) else 0
         return [shots[(start + k * len(shots) // V) % len(shots)] for k in range(V)]
     shots = list(chain(*parallel(choose, range(len(found)), "cameras")))
-    half = half_view(shots).min()
+    half = named(path, half_view, shots).min()
     images, poses = torch.empty(len(shots), 3, S, S), torch.empty(len(shots), 4, 4)
 
     def read(k):
-        poses[k] = torch.from_numpy(rigid(shots[k]))
+        poses[k] = torch.from_numpy(named(shots[k].picture, rigid, shots[k]))
         fx, fy, cx, cy, w, h = shots[k].lens
         image = flatten(shots[k].picture, background, shots[k].mask)
         if abs(image.width * h / (image.height * w) - 1) > 0.02:
@@ -812,6 +811,8 @@ def read_views(path, found, shots_of, scale, asked, background=(1.0, 1.0, 1.0)):
         images[k] = to_tensor(image.resize((S, S), Image.Resampling.LANCZOS, tuple(box)))
     parallel(read, range(len(shots)), "pictures")
     poses[:, :3, 3] /= scale
+    if not (poses.isfinite().all() and 1e-6 < half < 1e6):
+        raise ValueError(f"{path}: cameras at the origin, or much too far or too narrow")
     return Views(images.view(-1, V, 3, S, S).to(device), poses.view(-1, V, 4, 4).to(device),
                  float(0.5 / half), torch.tensor(background, device=device), path.name, scale)
 
@@ -847,7 +848,7 @@ def load_nmr(path, scenes=None, views=None, resolution=64, seed=0, device="cpu")
             for i, picture in enumerate(sorted(scene.glob("image/*.png"))):
                 pose = (file[key] if (key := f"world_mat_inv_{i}") in file else
                         np.linalg.inv([*file[f"world_mat_{i}"][:3], [0, 0, 0, 1]]))
-                K = file[f"camera_mat_{i}"]                             # for pixels from -1 to 1
+                K = file[f"camera_mat_{i}"].astype(float)               # for pixels from -1 to 1
                 shots.append(Shot(picture, y_to_z_up @ pose[:3],
                                   (K[0, 0], K[1, 1], K[0, 2] + 1, K[1, 2] + 1, 2, 2),
                                   f if (f := scene / "mask" / picture.name).is_file() else None))
@@ -909,7 +910,8 @@ def load_folder(path, scenes=None, views=None, resolution=64, seed=0, device="cp
             w, h = key["w"], key["h"]
             fx = key.get("fl_x") or 0.5 * w / math.tan(key["camera_angle_x"] / 2)
             lens = fx, key.get("fl_y") or fx, key.get("cx", w / 2), key.get("cy", h / 2), w, h
-            shots.append(Shot(picture, np.array(key["transform_matrix"]) * [1, -1, -1, 1], lens))
+            pose = np.array(key["transform_matrix"], dtype=float) * [1, -1, -1, 1]
+            shots.append(Shot(picture, pose, lens))
         if any(about.get(key) for key in ("k1", "k2", "k3", "p1", "p2")):
             print(f"{file}: lens distortion is not corrected", file=sys.stderr)
         return shots
@@ -937,6 +939,8 @@ def json_items(path, key):
                     item, end = json.JSONDecoder().raw_decode(text)
                 except json.JSONDecodeError:        # the rest of it is still to come
                     break
+                except RecursionError:
+                    raise ValueError(f"{path} is nested too deeply") from None
                 text = text[end:]
                 yield item
     raise ValueError(f"{path} has no list {key!r}, or is cut short")
@@ -988,12 +992,14 @@ def clevr_primitives(objects):
     rows = []
     for o in objects:
         x, y, z = (c / CLEVR_SCALE for c in o["3d_coords"])     # z is half the height: all stand
-        if not z > 0:
-            raise ValueError("an object is below the ground")
+        if not (z > 0 and max(abs(x), abs(y), z) < 100 and math.isfinite(o["rotation"])):
+            raise ValueError("an object is below the ground, or far away")
         c, s = z * math.cos(o["rotation"]), z * math.sin(o["rotation"])
         rows.append((CLEVR_SHAPES[o["shape"]], [[c, -s, 0, x], [s, c, 0, y], [0, 0, z, z]],
                      CLEVR_COLORS[CLEVR_NAMES.index(o["color"])],
                      0.35 * (o["material"] == "metal")))
+    if not rows:
+        raise ValueError("a scene has no objects")
     return [torch.tensor(column) for column in zip(*rows)]
 
 
@@ -1020,7 +1026,7 @@ def load_clevr(path, scenes=None, views=None, resolution=64, seed=0, device="cpu
             return clevr_primitives(scene["objects"])
         return folder / scene["image_filename"], *solve_clevr_camera(scene["objects"])
     wanted = (scene for scene in json_items(file, "scenes")
-              if render or scene.get("image_filename") in there)
+              if render or named(file, lambda scene: scene["image_filename"] in there, scene))
     converted = (named(file, convert, scene) for scene in wanted)
     if render:
         some = list(islice(converted, scenes))

@@ -34,11 +34,14 @@ import inspect
 import math
 import os
 import re
+import signal
 import sys
 import time
 from dataclasses import dataclass
+from io import BytesIO
 from json import dumps
 from pathlib import Path
+from zipfile import ZipFile
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -98,7 +101,9 @@ class Config:
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
             kind = (int, float) if isinstance(field.default, float) else type(field.default)
-            if not isinstance(value, kind) or np.size(value) != np.size(field.default):
+            numbers = value if isinstance(value, tuple) else ()
+            if (not isinstance(value, kind) or np.size(value) != np.size(field.default)
+                    or not all(isinstance(number, (int, float)) for number in numbers)):
                 raise ValueError(f"{name} must be like {field.default!r}, not {value!r}")
             check_range(name, value)
             if name in ("resolution", "plane_size") and value & (value - 1):
@@ -544,6 +549,7 @@ def train(config, loss=denoising_loss):
         raise ValueError(f"nothing can be written to {path.parent}: choose another --out")
     step, seconds, losses = 0, 0.0, []
     if config.resume:
+        load_checkpoint(path)                       # says what is wrong with weights and config
         state = read_checkpoint(path)
         if "optimizer" not in state:
             raise ValueError(f"{path} holds weights alone; train anew, without --resume")
@@ -555,9 +561,11 @@ def train(config, loss=denoising_loss):
             model.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
             optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is of another model: {first_line(error)}") from None
-        step, seconds = state["step"], state["seconds"]
+            step, seconds = int(state["step"]), float(state["seconds"])
+            check_range("step", step)
+            check_range("seconds", seconds)
+        except Exception as error:                  # torch raises half a dozen kinds
+            raise ValueError(f"{path} cannot be gone on with: {first_line(error)}") from None
     elif path.exists() and rank == 0:
         os.replace(path, path.with_suffix(".old.pt"))
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
@@ -575,11 +583,16 @@ def train(config, loss=denoising_loss):
 
     def save():
         finite(losses)
+        if not all(weight.isfinite().all() for weight in model.parameters()):
+            raise FloatingPointError(f"the weights are not finite at step {step}: try a lower "
+                                     f"--lr; what was saved before is in {config.out}")
         save_checkpoint(path, ema, dict(model=model.state_dict(), step=step, seconds=seconds,
                                         optimizer=optimizer.state_dict()))
 
+    stop = []                       # Ctrl-C waits for the step's end: half a one cannot be resumed
+    before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     try:
-        while True:
+        while not stop:
             progress = seconds / 60 / config.minutes if config.minutes else step / config.steps
             if losses and (progress >= 1 or time.time() - logged > 5):
                 values = finite(losses)
@@ -612,10 +625,11 @@ def train(config, loss=denoising_loss):
                 clock = torch.tensor([seconds], device=device)
                 torch.distributed.broadcast(clock, 0)
                 seconds = clock.item()
-    except KeyboardInterrupt:
-        if rank == 0:
-            save()
-            print("stopped; go on with --resume")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if stop and rank == 0:
+        save()
+        print("stopped; go on with --resume")
     if rank == 0:
         print(f"{step} steps, {seconds / 60:.1f} minutes; wrote {path}")
     if world > 1:
@@ -903,7 +917,9 @@ def save_checkpoint(path, model, training=None):
         weights = {name: weight.half() for name, weight in weights.items()}
         config = dataclasses.replace(config, device="auto", out="out", resume=False)
     state = {"version": VERSION, "config": dataclasses.asdict(config), "ema": weights}
-    write(path, lambda file: torch.save({**state, **(training or {})}, file))
+    buffer = BytesIO()          # to a file, torch makes a RuntimeError of a full disk's OSError
+    torch.save({**state, **(training or {})}, buffer)
+    write(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def read_checkpoint(path, device="cpu"):
@@ -912,6 +928,10 @@ def read_checkpoint(path, device="cpu"):
         names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.pt")))
         raise FileNotFoundError(f"there is no checkpoint {path}; train one, or name one: {names}")
     try:
+        with ZipFile(path) as file:                 # torch does not look at the check sums
+            damaged = sum(part.file_size for part in file.infolist()) > Path(path).stat().st_size
+            if damaged or file.testzip():
+                raise ValueError("its parts do not have their sizes or check sums")
         state = torch.load(path, map_location=device, weights_only=True)
         version = state["version"]
     except Exception as error:                      # torch.load raises a dozen kinds
@@ -927,7 +947,14 @@ def load_checkpoint(name_or_path, device="cpu"):
     path = shipped if shipped.is_file() else Path(name_or_path)
     state = read_checkpoint(path, device)
     try:
-        model = RenderDiffusion(Config(**state["config"]).validate())
+        if missing := {f.name for f in dataclasses.fields(Config)} - set(state["config"]):
+            raise ValueError(f"its config has no {', '.join(sorted(missing))}")
+        config = Config(**state["config"]).validate()
+        with torch.device("meta"):                  # its sizes, before memory is taken for them
+            RenderDiffusion(config).load_state_dict(state["ema"], assign=True)
+        if not all(weight.isfinite().all() for weight in state["ema"].values()):
+            raise ValueError("its weights are not finite")
+        model = RenderDiffusion(config)
         model.load_state_dict(state["ema"])
     except Exception as error:                      # foreign fields, other sizes
         raise ValueError(f"{path} does not fit this program: {first_line(error)}") from None
@@ -1094,7 +1121,7 @@ def run_reconstruct(model, out, seed, image=None, fit="crop", t_r=(0,), steps=No
     finish(rows, model, planes, out, name)
 
 
-def run_inpaint(model, out, seed, image=None, mask=None, fit="crop", steps=50, azimuth=None,
+def run_inpaint(model, out, seed, image=None, mask=None, fit="crop", steps=20, azimuth=None,
                 elevation=None, fillings=1, name="inpaint"):
     """Fill the masked part of a picture, and look at the result from other sides."""
     images, poses, _ = input_pictures(model, image, fit, azimuth, elevation, seed, 4)
@@ -1107,7 +1134,7 @@ def run_inpaint(model, out, seed, image=None, mask=None, fit="crop", steps=50, a
     poses = find_poses(model, images, masks) if poses is None else poses
     rows = {"input": images, "masked": images * masks + masks - 1}
     for k in range(fillings):
-        filled, planes = inpaint(model, images, masks, poses, steps, jump_n_sample=1, seed=seed + k)
+        filled, planes = inpaint(model, images, masks, poses, steps, jump_n_sample=2, seed=seed + k)
         mark = f", filling {k + 1}" if fillings > 1 else ""
         rows |= {f"result{mark}": filled}
         rows |= around(model, planes, poses, 4 if fillings == 1 else 2, mark)
@@ -1118,7 +1145,7 @@ def run_demo(model, out, seed):
     """All from the shipped weights: generation, reconstruction at three t_r, two inpaintings."""
     run_generate(model, out, seed, steps=20, name="demo_generate")
     run_reconstruct(model, out, seed, t_r=(0, 200, 500), name="demo_reconstruct")
-    run_inpaint(model, out, seed, steps=20, fillings=2, name="demo_inpaint")
+    run_inpaint(model, out, seed, fillings=2, name="demo_inpaint")
 
 
 def run_export(model, out, seed, image=None, fit="crop", count=4):
