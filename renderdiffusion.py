@@ -92,6 +92,7 @@ class Config:
     lr: float = 1e-3            # Adam's learning rate between warm-up and decay
     ema: float = 0.999          # decay of the weights' moving average, which is what is used
     seed: int = 0               # of weights, scenes and noise; 0 or more
+    compile: bool = False       # torch.compile the U-Net: a minute to start, for long trainings
     device: str = "auto"        # auto (cuda, mps or cpu, the first there is) or a torch device
     out: str = "out"            # folder for the checkpoint and pictures
     resume: bool = False        # continue from the checkpoint in `out`
@@ -419,15 +420,16 @@ class RenderDiffusion(nn.Module):
             planes = self.unet(x_t, t)
         return planes.float().reshape(len(x_t), 3, -1, N, N)
 
-    def march(self, planes, origins, directions, fine=True, jitter=None):
+    def march(self, planes, origins, directions, jitter=None, fine=True):
         """Rays (B, R, 3) through planes -> rgb (B, R, 3) in [0, 1], depth, opacity (B, R).
 
-        Not `fine`: by stratified samples alone, as in training, where jitter is (B, R, samples).
+        With jitter (B, R, samples), as in training, or not `fine`: by stratified samples alone.
         """
         def field(points):
             return self.mlp(points, sample_triplanes(planes, points))
         return march(field, origins, directions, self.config.samples,
-                     self.config.fine_samples if fine else 0, self.background, jitter)
+                     self.config.fine_samples if fine and jitter is None else 0,
+                     self.background, jitter)
 
     def render(self, planes, poses, focal=None, resolution=None, fine=True):
         """Planes (B, 3, C, N, N) from poses (B, 4, 4) -> rgb (B, 3, S, S) in [-1, 1], depth,
@@ -438,7 +440,7 @@ class RenderDiffusion(nn.Module):
         origins, directions = camera_rays(poses, focal or self.config.focal, S)
         points = self.points_at_once * (1 if planes.device.type == "cpu" else 64)
         rays = points // (len(planes) * self.config.samples) + 1
-        parts = [self.march(planes, o, d, fine)
+        parts = [self.march(planes, o, d, fine=fine)
                  for o, d in zip(origins.split(rays, 1), directions.split(rays, 1))]
         rgb, depth, opacity = (torch.cat(part, dim=1) for part in zip(*parts))
         return (rgb.mT.reshape(-1, 3, S, S) * 2 - 1, depth.view(-1, S, S), opacity.view(-1, S, S))
@@ -450,13 +452,14 @@ class RenderDiffusion(nn.Module):
             return self.render(planes, poses)[0]
         rays = camera_rays(poses, self.config.focal, self.config.resolution)
         origins, directions = (r.gather(1, pixels[..., None].expand(-1, -1, 3)) for r in rays)
-        return self.march(planes, origins, directions, jitter is None, jitter)[0] * 2 - 1
+        return self.march(planes, origins, directions, jitter)[0] * 2 - 1
 
 
 # ------------------------------------------------------------------------------------------------
 # Training
 # ------------------------------------------------------------------------------------------------
 
+AHEAD = {"cuda": 64}                # steps' scenes traced at once: tracing waits for the GPU
 HELD_OUT = -1                       # the seed of scenes that training, which refuses it, never sees
 
 
@@ -504,11 +507,16 @@ def training_pictures(config, device, rank, world):
     B, S, fresh = config.batch, config.resolution, config.data in SETS and config.scenes == 0
     views = load(config.data, 1 if fresh else config.scenes or None, config.views, S, config.seed)
     images, poses = views.images.flatten(0, 1), views.poses.flatten(0, 1)
+    ahead, traced = AHEAD.get(device.type, 1), {}
 
     def draw(step):
+        first, i = step - step % ahead, step % ahead
         if fresh:
-            new = synthetic(config.data, B, 1, S, config.seed, device,
-                            start=(step * world + rank) * B, depth=False)
+            if first not in traced:
+                traced.clear()
+                traced[first] = synthetic(config.data, ahead * B, 1, S, config.seed, device,
+                                          start=(first * world + rank * ahead) * B, depth=False)
+            new = traced[first][i * B:(i + 1) * B]
             return new.images[:, 0], new.poses[:, 0]
         chosen = torch.randint(len(images), (world * B,))[rank * B:(rank + 1) * B]
         return images[chosen].to(device), poses[chosen].to(device)
@@ -541,6 +549,8 @@ def train(config, loss=denoising_loss):
     model = RenderDiffusion(config).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     model.bf16 = bf16_is_fast(device)
+    if config.compile:
+        model.unet.compile()
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.9, 0.99),
                                  fused=device.type in ("cuda", "cpu"))
     path = Path(config.out) / f"{Path(config.data).resolve().name}.pt"
@@ -947,7 +957,8 @@ def load_checkpoint(name_or_path, device="cpu"):
     path = shipped if shipped.is_file() else Path(name_or_path)
     state = read_checkpoint(path, device)
     try:
-        if missing := {f.name for f in dataclasses.fields(Config)} - set(state["config"]):
+        names = [f.name for f in dataclasses.fields(Config)]        # what the model depends on:
+        if missing := set(names[:names.index("loss")]) - set(state["config"]):
             raise ValueError(f"its config has no {', '.join(sorted(missing))}")
         config = Config(**state["config"]).validate()
         with torch.device("meta"):                  # its sizes, before memory is taken for them
@@ -1092,7 +1103,7 @@ def input_pictures(model, image, fit, azimuth, elevation, seed, count):
         torch.tensor([azimuth], device=device), elevation, config.radius), None
 
 
-def run_generate(model, out, seed, count=8, steps=50, eta=1.0, name="generate"):
+def run_generate(model, out, seed, count=8, steps=25, eta=0.0, name="generate"):
     """New scenes, each seen from four more sides."""
     poses = turn_poses(model, 0, count)
     images, planes = generate(model, poses, steps, eta, seed)
@@ -1143,7 +1154,7 @@ def run_inpaint(model, out, seed, image=None, mask=None, fit="crop", steps=20, a
 
 def run_demo(model, out, seed):
     """All from the shipped weights: generation, reconstruction at three t_r, two inpaintings."""
-    run_generate(model, out, seed, steps=20, name="demo_generate")
+    run_generate(model, out, seed, name="demo_generate")
     run_reconstruct(model, out, seed, t_r=(0, 200, 500), name="demo_reconstruct")
     run_inpaint(model, out, seed, fillings=2, name="demo_inpaint")
 

@@ -1601,6 +1601,28 @@ def test_every_step_has_new_scenes_and_none_is_held_out(monkeypatch, tmp_path):
     assert all(any(torch.equal(a, b) for b in fixed) for a in torch.cat(pictures))
 
 
+def test_scenes_traced_ahead_are_the_same(monkeypatch):
+    """As on a GPU: several steps' scenes at once, each process its own."""
+    device, config = torch.device("cpu"), tiny()
+    one = [rd.training_pictures(config, device, 0, 1)[0](step) for step in range(6)]
+    monkeypatch.setitem(rd.AHEAD, "cpu", 4)
+    draw = rd.training_pictures(config, device, 0, 1)[0]
+    assert all(map(torch.equal, sum(one, ()), sum((draw(step) for step in range(6)), ())))
+    both = [rd.training_pictures(config, device, rank, 2)[0] for rank in (0, 1)]
+    poses = torch.cat([draw(step)[1] for draw in both for step in range(8)])
+    assert len(poses.flatten(1).unique(dim=0)) == len(poses) == 64
+    assert torch.equal(both[1](5)[0], both[1](5)[0])            # also when it goes back
+
+
+def test_a_compiled_training_is_the_same(monkeypatch, tmp_path):
+    """By the backend that needs no C compiler and no minutes."""
+    monkeypatch.setattr(rd.UNet, "compile", lambda self: torch.nn.Module.compile(
+        self, backend="aot_eager"))
+    one, two = (train_quietly(monkeypatch, tiny(compile=how, out=str(tmp_path / str(how))))
+                for how in (False, True))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(one.parameters(), two.parameters()))
+
+
 def same(a, b):
     """Whether two checkpoints' parts are equal, bit for bit."""
     if isinstance(a, dict):
