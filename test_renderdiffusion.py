@@ -2283,6 +2283,25 @@ def test_everything_in_the_readme_runs(desk):
                 assert done.returncode == 0, f"{line}\n{done.stderr}"
 
 
+@slow
+def test_benchmark_runs(monkeypatch, capsys):
+    """Each part once: its shares of the hardware's rates are not looked at."""
+    def once(*runs, least=0):
+        starts = [time.perf_counter()]
+        for run in runs:
+            run()
+            starts.append(time.perf_counter())
+        return np.diff(starts).tolist()
+    monkeypatch.syspath_prepend(HERE / "results")
+    import benchmark
+    monkeypatch.setattr(benchmark, "medians", once)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--json"])
+    benchmark.main()
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["speed"]) > 12 and all(row["rate"] > 0 for row in found["speed"])
+    assert all(0 < row["megabytes"] < 1000 for row in found["memory"])
+
+
 # The notebook -----------------------------------------------------------------------------------
 
 TUTORIAL = HERE / "tutorial.ipynb"
