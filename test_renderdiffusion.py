@@ -1,6 +1,6 @@
 """Tests, in the order of what they test: data.py, then renderdiffusion.py from top to bottom.
 
-    pytest              # about a minute and a half on two cores; needs no GPU and no network
+    pytest              # under three minutes on two cores; needs no GPU and no network
     SLOW=1 pytest       # and the slow ones: two processes, README.md, more of the shipped weights
 
 Everything is compared with something known: a closed form, a plain loop, a direct computation.
