@@ -2335,6 +2335,8 @@ def test_tutorial_runs(tmp_path):
             "    display.HTML = display.Markdown = str\n"
             "    display.display = lambda *things: None\n"
             "    sys.modules['IPython'] = types.ModuleType('IPython')\n"
+            "    python = sys.modules['IPython']                # which matplotlib asks, too\n"
+            "    python.get_ipython, python.version_info = lambda: None, (9, 0)\n"
             "    sys.modules['IPython.display'] = display\n")
     (tmp_path / "tutorial.py").write_text("\n\n".join([stub, *tutorial_cells()]))
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
