@@ -654,7 +654,7 @@ def health(model, path):
         scores = evaluate(model, synthetic(config.data, 32, 3, config.resolution, HELD_OUT, device))
         text = "  held-out PSNR: input view {psnr:.2f} dB, ".format(**scores["input"])
         text += "novel views {psnr:.2f} dB\n".format(**scores["novel"])
-    images, planes = generate(model, turn_poses(model, 0, 8), min(10, config.timesteps))
+    images, planes = generate(model, turn_poses(model, 0, 8), min(10, config.timesteps), eta=0.0)
     save_grid(path, {"samples": images})
     points = torch.rand(8, 4096, 3, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
     density, _ = model.mlp(points, sample_triplanes(planes, points))
@@ -688,11 +688,20 @@ def bf16_is_fast(device):
 # Sampling
 # ------------------------------------------------------------------------------------------------
 
-def noise_levels(T, steps):
-    """steps + 1 levels, evenly from 0 to T; ValueError where there are fewer than that."""
-    if not 1 <= steps <= T:
-        raise ValueError(f"steps must be from 1 to {T}, not {steps}")
-    return [round(T * i / steps) for i in range(steps + 1)]
+def noise_levels(schedule, steps, top=None):
+    """steps + 1 levels rising from 0 to `top` (None: T), log(SNR) falling evenly in between.
+
+    So steps are short near all noise, where what the picture shows is decided, and near none (Lu
+    et al. 2022, section 5). ValueError where there are fewer levels than steps.
+    """
+    top = schedule.T if top is None else top
+    if not 1 <= steps <= top:
+        raise ValueError(f"steps must be from 1 to {top}, not {steps}")
+    log_snr = schedule.alpha_bar[:top + 1].logit()                             # falls
+    end = max(1, top // (6 * steps))            # log(SNR) is infinite at 0, and nearly so at T
+    even = torch.linspace(*log_snr[[end, top - end]], steps + 1)
+    found = torch.searchsorted(-log_snr, -even).tolist()
+    return [0, *(i + (top - steps) * found[i] // top for i in range(1, steps)), top]
 
 
 def standard_normal(like, generator):
@@ -701,24 +710,36 @@ def standard_normal(like, generator):
 
 
 @torch.no_grad()
-def denoise(model, x_t, poses, levels, eta, generator):
-    """From x_t at the last of the rising `levels` down to their first, 0 -> images, planes."""
+def denoise(model, x_t, poses, levels, eta, generator, watch=None):
+    """From x_t at the last of the rising `levels` down to their first, 0 -> images, planes.
+
+    With eta = 0, where nothing new comes in, x0_hat is first moved on along the way it went since
+    the step before: DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), which is DDIM to second order.
+    watch(t, x_t, x0_hat, depth), if given, is called at every step.
+    """
+    lam, before = model.schedule.alpha_bar.logit() / 2, None                   # log(alpha / sigma)
     for t, s in zip(levels[:0:-1], levels[-2::-1]):
         planes = model.encode(x_t, t)
-        x0_hat = model.render(planes, poses, fine=s == 0)[0].clamp(-1, 1)      # fine: what is kept
-        mean, variance = model.schedule.posterior(x0_hat, x_t, t, s, eta)
-        x_t = mean + variance.sqrt() * standard_normal(x_t, generator)         # s = 0: variance 0
+        x0_hat, depth, _ = model.render(planes, poses, fine=s == 0)            # fine: what is kept
+        x0_hat = x0 = x0_hat.clamp(-1, 1)
+        if watch:
+            watch(t, x_t, x0_hat, depth)
+        if eta == 0 and before and s > 0:
+            u, x0_hat_u = before
+            x0 = x0_hat + (lam[s] - lam[t]) / (lam[t] - lam[u]) / 2 * (x0_hat - x0_hat_u)
+        mean, variance = model.schedule.posterior(x0, x_t, t, s, eta)
+        x_t, before = mean + variance.sqrt() * standard_normal(x_t, generator), (t, x0_hat)
     return x_t, planes
 
 
 def generate(model, poses, steps=50, eta=1.0, seed=0):
     """New scenes: poses (B, 4, 4), through which they are denoised -> images (B, 3, S, S), planes.
 
-    eta = 1 samples as Ho et al. 2020, algorithm 2, in `steps` of the T steps; eta = 0 is DDIM.
+    eta = 1 samples as Ho et al. 2020, algorithm 2, in `steps` of the T steps; eta = 0 adds no noise.
     """
     S, generator = model.config.resolution, torch.Generator().manual_seed(seed)
     x_T = standard_normal(poses.new_empty(len(poses), 3, S, S), generator)
-    return denoise(model, x_T, poses, noise_levels(model.config.timesteps, steps), eta, generator)
+    return denoise(model, x_T, poses, noise_levels(model.schedule, steps), eta, generator)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -771,7 +792,8 @@ def reconstruct(model, images, poses=None, t_r=0, steps=None, seed=0):
     poses = find_poses(model, images) if poses is None else poses
     generator = torch.Generator().manual_seed(seed)
     x_t = model.schedule.add_noise(images, t_r, standard_normal(images, generator))
-    levels = noise_levels(t_r, min(t_r, math.ceil(50 * t_r / T)) if steps is None else steps)
+    steps = min(t_r, math.ceil(50 * t_r / T)) if steps is None else steps
+    levels = noise_levels(model.schedule, steps, t_r)
     return denoise(model, x_t, poses, levels, 1.0, generator)[1]
 
 
@@ -819,7 +841,7 @@ def inpaint(model, images, masks, poses=None, steps=50, jump_length=5, jump_n_sa
     schedule, generator = model.schedule, torch.Generator().manual_seed(seed)
     known = (masks > 0.5).to(images)
     poses = find_poses(model, images, known) if poses is None else poses
-    levels = noise_levels(schedule.T, steps)
+    levels = noise_levels(schedule, steps)
     x = standard_normal(images, generator)
     indices = repaint_schedule(steps, jump_length, jump_n_sample)
     for i, j in zip(indices, indices[1:]):
@@ -1103,7 +1125,7 @@ def input_pictures(model, image, fit, azimuth, elevation, seed, count):
         torch.tensor([azimuth], device=device), elevation, config.radius), None
 
 
-def run_generate(model, out, seed, count=8, steps=25, eta=0.0, name="generate"):
+def run_generate(model, out, seed, count=8, steps=20, eta=0.0, name="generate"):
     """New scenes, each seen from four more sides."""
     poses = turn_poses(model, 0, count)
     images, planes = generate(model, poses, steps, eta, seed)
@@ -1162,7 +1184,7 @@ def run_demo(model, out, seed):
 def run_export(model, out, seed, image=None, fit="crop", count=4):
     """Scenes, generated or from a picture, as coloured point clouds for Blender or MeshLab."""
     if image is None:
-        _, planes = generate(model, turn_poses(model, 0, count), seed=seed)
+        _, planes = generate(model, turn_poses(model, 0, count), steps=20, eta=0.0, seed=seed)
     else:
         planes = reconstruct(model, input_pictures(model, image, fit, None, None, seed, 1)[0])
     azimuths = torch.arange(0, 360, 30.0, device=model.background.device)
@@ -1197,8 +1219,8 @@ HELP = {    # an option, its type where the default does not tell, what it is
     "seed": (int, "of noise and of scenes; the same gives the same picture"),
     "device": (str, "auto (cuda, mps or cpu, the first there is) or a torch device"),
     "count": (int, "how many scenes"),
-    "steps": (int, "network calls, evenly over the noise levels; None: 50 for all T"),
-    "eta": (float, "1: noise anew at each step (ancestral), 0: none (DDIM)"),
+    "steps": (int, "network calls; None: 50 for all T"),
+    "eta": (float, "1: noise anew at each step (ancestral), 0: none, fewer steps"),
     "image": (str, "picture file; None: scenes that training never saw"),
     "fit": (str, "make the picture square: crop to its middle, or pad with the background"),
     "mask": (str, "mask file, white = keep; None: a square in the middle is filled"),

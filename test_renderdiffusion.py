@@ -43,8 +43,9 @@ from data import (BOX, CLEVR_COLORS, CLEVR_NAMES, CLEVR_SCALE, CYLINDER, EMPTY, 
                   orbit, random_poses, random_scenes, read_image, read_mask, solve_clevr_camera,
                   synthetic, trace)
 from renderdiffusion import (Config, NoiseSchedule, RadianceMLP, RenderDiffusion, composite,
-                             evaluate, generate, inpaint, load_checkpoint, psnr, reconstruct,
-                             repaint_schedule, sample_triplanes, save_checkpoint, ssim, train)
+                             evaluate, generate, inpaint, load_checkpoint, noise_levels, psnr,
+                             reconstruct, repaint_schedule, sample_triplanes, save_checkpoint, ssim,
+                             train)
 
 HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
@@ -1794,6 +1795,48 @@ def test_samples_have_the_distribution_of_the_data(eta):
     assert len(model.levels()) == 200 and model.levels()[0] == 1000
 
 
+def test_levels_rise_and_share_log_snr_evenly():
+    for T, kind, top in ((1000, "cosine", None), (1000, "linear", 300), (50, "cosine", 40),
+                         (7, "cosine", 1)):
+        schedule, end = NoiseSchedule(T, kind), top or T
+        for steps in range(1, end + 1):
+            levels = noise_levels(schedule, steps, top)
+            assert len(levels) == steps + 1 and levels[0] == 0 and levels[-1] == end
+            assert levels == sorted(set(levels))
+        for steps in (0, end + 1):
+            with pytest.raises(ValueError, match=f"from 1 to {end}, not {steps}"):
+                noise_levels(schedule, steps, top)
+    schedule = NoiseSchedule(100_000)
+    gaps = schedule.alpha_bar[noise_levels(schedule, 20)[1:-1]].logit().diff()
+    assert gaps.mean() < -0.5 and gaps.std() < 0.05 * gaps.mean().abs()
+
+
+def test_without_fresh_noise_sampling_follows_the_flow():
+    """A Gaussian's flow from x_T to x_0 keeps every quantile (Song et al. 2021, Score-based
+    generative modeling, eq. 13): here the grey of pictures of one grey."""
+    class Grey(Greys):
+        grain = 1e-4
+
+    def error(steps, first_order=False):
+        model = Grey()
+        levels = noise_levels(model.schedule, steps)
+        x = x_T = torch.randn(50, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        if first_order:                                             # DDIM
+            for t, s in zip(levels[:0:-1], levels[-2::-1]):
+                x, _ = model.schedule.posterior(model.encode(x, t), x, t, s, eta=0)
+        else:
+            x, _ = generate(model, PAIR[:1].expand(50, 4, 4), steps, eta=0)
+            assert torch.equal(model.asked[0][1], x_T) and model.levels() == levels[:0:-1]
+        ab = float(model.schedule.alpha_bar[-1])
+        spread = (ab * Grey.spread ** 2 + (1 - ab) / x[0].numel()) ** 0.5      # of x_T's grey
+        exact = Grey.mean * (1 - ab ** 0.5 * Grey.spread / spread)
+        exact = exact + Grey.spread / spread * x_T.mean((1, 2, 3))
+        return (x.mean((1, 2, 3)) - exact).square().mean().sqrt().item()
+    errors = [error(steps) for steps in (10, 20, 160)]
+    assert errors[0] < 0.01 and errors[1] < 0.001 and errors[2] < 1e-4
+    assert error(20, first_order=True) > 10 * errors[1]
+
+
 def test_a_seed_is_a_picture_and_the_last_step_adds_no_noise():
     model = tiny_model()
     (first, planes), (again, _), (other, _), (ddim, _) = (
@@ -1877,8 +1920,8 @@ def test_inpainting_continues_what_is_known_and_follows_repaint():
         filled, _ = inpaint(model, images, masks, PAIR[:1].expand(60, 4, 4), 20, 5, 3, **options)
         errors.append((filled[..., 9:].mean((1, 2, 3)) - grey.flatten()).abs().mean())
     assert errors[0] < errors[1] < 0.2 * Greys.spread
-    walk = repaint_schedule(20, 5, 3)
-    downs = [50 * (i + 1) for i, j in zip(walk, walk[1:]) if j < i]
+    walk, levels = repaint_schedule(20, 5, 3), noise_levels(model.schedule, 20)
+    downs = [levels[i + 1] for i, j in zip(walk, walk[1:]) if j < i]
     assert [t for t, _ in model.asked] == [*downs, 0]
     for t, x_t in model.asked[:-1]:         # the known pixels are theirs at the level of x_t
         kept = float(model.schedule.alpha_bar[t])
