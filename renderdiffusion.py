@@ -87,6 +87,7 @@ class Config:
     # training
     batch: int = 16             # images a step and process
     rays: int = 256             # rays an image
+    empty_rays: float = 0.1     # chance of a ray for mere background, beside the rest; 1: the same
     steps: int = 6400           # optimiser steps
     minutes: float = 0.0        # train by the clock instead; 0: by steps
     lr: float = 1e-3            # Adam's learning rate between warm-up and decay
@@ -96,6 +97,7 @@ class Config:
     device: str = "auto"        # auto (cuda, mps or cpu, the first there is) or a torch device
     out: str = "out"            # folder for the checkpoint and pictures
     resume: bool = False        # continue from the checkpoint in `out`
+    init: str = ""              # begin with these weights: a file, or a name in checkpoints/
 
     def validate(self):
         """Returns itself, or raises ValueError: one sentence on the first field that is off."""
@@ -122,7 +124,7 @@ LIMITS = {      # of a field or an option; from 0 to a billion where it is not h
     "radius": (1e-3, 1e3), "elevation": (-90, 90), "azimuth": (-360, 360), "plane_size": (16, 512),
     "plane_channels": (1, 1024), "unet_channels": (16, 1024), "mlp_hidden": (1, 4096),
     "samples": (1, 4096), "timesteps": (1, 1e6), "clean": (0, 0.99), "other_side": (0, 1),
-    "other_side_from": (0, 1), "batch": (1, 1e6), "rays": (1, 65536),
+    "other_side_from": (0, 1), "batch": (1, 1e6), "rays": (1, 65536), "empty_rays": (1e-3, 1),
     "steps": (1, 1e9), "lr": (1e-9, 10), "ema": (0, 0.99999), "count": (1, 1000), "eta": (0, 1),
     "fillings": (1, 100)}
 
@@ -492,7 +494,11 @@ def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1):
         source[chosen] = other
     noise = torch.randn(world * B, *x0.shape[1:], device=device)[mine]
     x_t = ema.schedule.add_noise(source, t, noise)
-    pixels = draw(x0[0, 0].numel()).argsort(dim=1)[:, :config.rays]            # (B, n)
+    # Rays go where something is to be seen, and a pixel round it: its outside matters, too
+    unlike = (x0 - (ema.background * 2 - 1).view(3, 1, 1)).abs().amax(1, keepdim=True) > 0.02
+    chance = F.max_pool2d(unlike.float(), 3, 1, 1).flatten(1).clamp(min=config.empty_rays)
+    keys = draw(chance.shape[1]).log() / chance         # the largest: a draw without replacement
+    pixels = keys.topk(min(config.rays, keys.shape[1])).indices                # (B, n)
     jitter = draw(pixels.shape[1], config.samples)
     x0_hat = model(x_t, t, poses, pixels, jitter)                              # (B, n, 3)
     target = x0.flatten(2).mT.gather(1, pixels[..., None].expand(-1, -1, 3))
@@ -547,6 +553,12 @@ def train(config, loss=denoising_loss):
     pictures, config = training_pictures(config, device, rank, world)
     torch.manual_seed(config.seed)
     model = RenderDiffusion(config).to(device)
+    if config.init:
+        try:
+            model.load_state_dict(load_checkpoint(config.init, device).state_dict())
+        except RuntimeError:
+            raise ValueError(f"the weights {config.init} are of another model: give this one the "
+                             "same sizes, and the same resolution") from None
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     model.bf16 = bf16_is_fast(device)
     if config.compile:
@@ -735,7 +747,7 @@ def denoise(model, x_t, poses, levels, eta, generator, watch=None):
 def generate(model, poses, steps=50, eta=1.0, seed=0):
     """New scenes: poses (B, 4, 4), through which they are denoised -> images (B, 3, S, S), planes.
 
-    eta = 1 samples as Ho et al. 2020, algorithm 2, in `steps` of the T steps; eta = 0 adds no noise.
+    eta = 1 samples as Ho et al. 2020, algorithm 2, in `steps` of T steps; eta = 0 adds no noise.
     """
     S, generator = model.config.resolution, torch.Generator().manual_seed(seed)
     x_T = standard_normal(poses.new_empty(len(poses), 3, S, S), generator)

@@ -1,0 +1,156 @@
+"""What matters: short trainings of equal time that differ from the plain one in one thing each.
+
+    python results/ablations.py --minutes 6                     # all of them, one after the other
+    python results/ablations.py --only plain l2 --data cars
+
+Each starts from nothing, sees single views (but for `two_views`, the bound that these chase) and is
+measured on 128 held-out scenes. Prints a Markdown table at the end, and a line after each run.
+What is changed is in here: renderdiffusion.py has no branch for any of it.
+"""
+import argparse
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn as nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import renderdiffusion as rd
+from data import camera_rays, orbit, synthetic
+
+
+# ------------------------------------------------------------------------------------------------
+# What is changed: losses, called as `denoising_loss` is, and networks
+# ------------------------------------------------------------------------------------------------
+
+def min_snr(model, ema, *rest):
+    """Examples weigh min(SNR, 5), as Hang et al. 2023, section 3.4, has it for x0 prediction."""
+    def weighted(x_t, t, *more):
+        x0_hat, alpha_bar = model(x_t, t, *more), ema.schedule.at(t, x_t).view(-1, 1, 1)
+        weight = (alpha_bar / (1 - alpha_bar)).clamp(max=5)
+        x0_hat.register_hook(lambda gradient: gradient * weight / weight.mean())
+        return x0_hat
+    return rd.denoising_loss(weighted, ema, *rest)
+
+
+def two_views(model, ema, x0, poses, progress, rank=0, world=1, steps=[0]):
+    """Noised and encoded from one view of a scene; half of the examples are compared with another."""
+    config, B = ema.config, len(x0)
+    views = synthetic(config.data, B, 2, config.resolution, config.seed + 1, x0.device,
+                      start=steps[0] * B, depth=False)
+    steps[0] += 1
+    seen, target = views.images[:, 0], torch.arange(B) % 2
+
+    def elsewhere(x_t, t, *more):
+        return model(ema.schedule.add_noise(seen, t, torch.randn_like(seen)), t, *more)
+    pick = torch.arange(B), target[torch.randperm(B)]
+    return rd.denoising_loss(elsewhere, ema, views.images[pick], views.poses[pick], progress)
+
+
+def front(config, device="cpu"):
+    """The one camera (4, 4) from which `billboard` takes every picture to be."""
+    return orbit(0.0, sum(config.elevation) / 2, config.radius).to(device)
+
+
+def billboard(model, ema, x0, poses, *rest):
+    """All cameras in one frame: the model is told that every picture is taken from the front."""
+    return rd.denoising_loss(model, ema, x0, front(ema.config, x0.device).expand_as(poses), *rest)
+
+
+class Told(rd.RenderDiffusion):
+    """The encoder is told the camera: it sees each pixel's ray, origin and direction."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.unet.stem = nn.Conv2d(9, config.unet_channels, 4, stride=2, padding=1)
+
+    def encode(self, x_t, t):
+        S, N = self.config.resolution, self.config.plane_size
+        rays = torch.cat(camera_rays(self.poses, self.config.focal, S), dim=-1)         # (B, R, 6)
+        x_t = torch.cat([x_t, rays.mT.reshape(-1, 6, S, S)], dim=1)
+        t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
+        return self.unet(x_t, t).reshape(len(x_t), 3, -1, N, N)
+
+    def forward(self, x_t, t, poses, *rest):
+        self.poses = poses
+        return super().forward(x_t, t, poses, *rest)
+
+
+def attending(where):
+    """The class of U-Net blocks with attention in those at a side for which where(side) is true."""
+    def block(c, c_emb, attention):
+        return rd_Block(c, c_emb, where(attention))
+    rd_Block = rd.Block
+    return block
+
+
+RUNS = {    # what it is, fields of Config, loss, what of the module is another thing
+    "plain": ("as it is", {}, rd.denoising_loss, {}),
+    "l2": ("loss L2 instead of L1", dict(loss="l2"), rd.denoising_loss, {}),
+    "min_snr": ("L1 weighted by min(SNR, 5)", {}, min_snr, {}),
+    "no_clean": ("no examples at t = 0", dict(clean=0.0), rd.denoising_loss, {}),
+    "clean": ("60 % of the examples at t = 0", dict(clean=0.6), rd.denoising_loss, {}),
+    "attention": ("attention in every block, as the paper", {}, rd.denoising_loss,
+                  dict(Block=attending(lambda small: True))),
+    "no_attention": ("no attention", {}, rd.denoising_loss,
+                     dict(Block=attending(lambda small: False))),
+    "told": ("the encoder is told the camera", {}, rd.denoising_loss, dict(RenderDiffusion=Told)),
+    "billboard": ("all cameras in one frame", {}, billboard, {}),
+    "two_views": ("two views a scene, half of the examples compared with the other (a bound)", {},
+                  two_views, {}),
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# Running and measuring
+# ------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def measure(model, name, scenes=128):
+    """Mean PSNR of the input view and of two novel views, as `evaluate` has them at t_r = 0."""
+    config, scores = model.config, []
+    views = synthetic(config.data, scenes, 3, config.resolution, rd.HELD_OUT, depth=False)
+    for some in (views[i:i + 16] for i in range(0, scenes, 16)):
+        if name == "billboard":         # everything is where it is relative to the first camera
+            move = front(config) @ torch.linalg.inv(some.poses[:, :1])
+            some.poses = move @ some.poses
+        model.poses = some.poses[:, 0]
+        score = rd.evaluate(model, some)
+        scores.append([score[key]["psnr"] for key in ("input", "novel")])
+    return torch.tensor(scores).mean(0).tolist()
+
+
+def run(name, config):
+    """Train one variant -> its row of the table, as text."""
+    text, fields, loss, others = RUNS[name]
+    config, steps = replace(config, **fields), []
+
+    def counted(*args):
+        steps.append(1)
+        return loss(*args)
+    with mock.patch.multiple(rd, health=lambda *_: "", **others):
+        model = rd.train(config, counted)
+    return "| {} | {} | {:.2f} | {:.2f} |".format(text, len(steps), *measure(model, name))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=6, help="of each training")
+    parser.add_argument("--data", default="clevr1", help="built-in set")
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="these runs")
+    args = parser.parse_args()
+    rows = []
+    for name in args.only:
+        with tempfile.TemporaryDirectory() as out:
+            rows.append(run(name, rd.Config(data=args.data, minutes=args.minutes, out=out)))
+        print(rows[-1], flush=True)
+    print("\n".join(["", f"| {args.data}, {args.minutes:g} minutes each | steps | input view, dB | "
+                     "novel views, dB |", "|---|---|---|---|", *rows]))
+
+
+if __name__ == "__main__":
+    main()
