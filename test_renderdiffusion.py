@@ -5,6 +5,7 @@
 
 Everything is compared with something known: a closed form, a plain loop, a direct computation.
 """
+import copy
 import itertools
 import json
 import math
@@ -1553,6 +1554,28 @@ def test_every_noise_level_is_trained_from_clean_to_pure_noise():
     assert torch.cat(noisiest).std().item() == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.parametrize("chance", [1.0, 0.25])
+def test_rays_go_where_something_is_seen(chance):
+    ema, counts = tiny_model(empty_rays=chance, rays=8), torch.zeros(2, 256)
+    x0 = (ema.background * 2 - 1).view(1, 3, 1, 1).repeat(2, 1, 16, 16)
+    x0[0, 1, 4:7, 9] += 0.1                         # three pixels and those that touch them: 15
+    poses = PAIR
+
+    def model(x_t, t, poses, pixels, jitter):
+        assert pixels.shape == (2, 8) and all(len(row.unique()) == 8 for row in pixels)
+        counts.scatter_add_(1, pixels, torch.ones(2, 8))
+        return x0.flatten(2).mT[torch.arange(2)[:, None], pixels]
+    for _ in range(4000):
+        rd.denoising_loss(model, ema, x0, poses, 0.0)
+    near = torch.zeros(16, 16, dtype=torch.bool)
+    near[3:8, 8:11] = True
+    first, second = counts.view(2, 16, 16) / 4000
+    assert (second - 8 / 256).abs().max() < 0.015           # nothing to see: all alike
+    ratio = (first[~near].mean() / first[near].mean()).item()
+    assert ratio == pytest.approx(chance, rel=0.15)         # without replacement: nearly
+    assert first[near].std() < 0.15 * first[near].mean()
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_other_sides_are_encoded_late_and_in_their_share(share):
     ema = tiny_model(clean=0.99, other_side=share, other_side_from=0.4)
@@ -1580,6 +1603,19 @@ def test_one_picture_is_learnt_and_generated(monkeypatch, tmp_path):
     for shown in (model.render(reconstruct(model, truth.images[0]), pose)[0],
                   generate(model, pose, steps=10)[0]):          # there is but one picture to draw
         assert psnr(shown / 2 + 0.5, image) > 25 > psnr(colour, image) + 8
+
+
+def test_a_training_begins_with_the_weights_that_it_is_given(monkeypatch, trained, tmp_path):
+    start, seen = load_checkpoint(trained), []
+
+    def loss(model, ema, *rest):
+        seen.append([copy.deepcopy(m.state_dict()) for m in (model, ema)])
+        return rd.denoising_loss(model, ema, *rest)
+    train_quietly(monkeypatch, tiny(init=str(trained), out=str(tmp_path), steps=1), loss=loss)
+    for state in seen[0]:
+        assert all(torch.equal(state[key], value) for key, value in start.state_dict().items())
+    with pytest.raises(ValueError, match="another model"):
+        train(tiny(init=str(trained), out=str(tmp_path), mlp_hidden=32))
 
 
 def test_every_step_has_new_scenes_and_none_is_held_out(monkeypatch, tmp_path):
