@@ -1,0 +1,240 @@
+"""Remakes the pictures and tables of README.md from the checkpoints.
+
+    python results/figures.py                           # all of them: about an hour on two cores
+    python results/figures.py scores --checkpoints clevr1 cars
+    python results/figures.py samples t_r inpainting --scenes 16
+
+scores      novel views and depth on held-out scenes, beside what needs no 3D
+samples     results/NAME_samples.gif: 64 generated scenes, turning
+steps       results/steps.png: the same noise, by network calls, with times
+t_r         results/t_r.png: novel views by t_r, for pictures like the training set and unlike it
+inpainting  results/inpainting.png: fillings of a hole of 40 % of the side; how well, how varied
+loss        results/loss.png: mean error by t
+
+Prints Markdown tables. All scenes are held out: trainings take only seeds from 0 on.
+"""
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import renderdiffusion as rd
+from data import SETS, camera_rays, random_poses, random_scenes, synthetic, trace
+
+
+def table(*rows):
+    """Rows of cells as a Markdown table; the first is the heading."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    print("\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n", flush=True)
+
+
+def compare(model, planes, views, v):
+    """Mean PSNR of planes (N, ...) seen from view v of `Views`, against its picture."""
+    shown = model.render(planes, views.poses[:, v])[0]
+    return rd.psnr(rd.to_unit(shown), rd.to_unit(views.images[:, v])).mean().item()
+
+
+def plot(name, curves, xlabel, ylabel):
+    """results/NAME.png: curves is a dict from a label to x and y."""
+    figure = Figure(figsize=(7, 3), dpi=128, layout="constrained")
+    axis = figure.subplots()
+    for label, (x, y) in curves.items():
+        axis.plot(x, y, "o-", ms=4, label=label)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.grid(alpha=0.3)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    rd.write(HERE / f"{name}.png", lambda file: figure.savefig(file, format="png"))
+
+
+# ------------------------------------------------------------------------------------------------
+# Held-out scenes
+# ------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def depth_error(model, views):
+    """Mean |error| of expected depth where an object is seen, from view 1 of scenes reconstructed
+    from view 0, beside that of the ground alone, as if no object were there (in world units)."""
+    poses = views.poses[:, 1]
+    origins, directions = camera_rays(poses, views.focal, views.images.shape[-1])
+    ground = (SETS[views.name].ground - origins[..., 2]) / directions[..., 2]
+    truth, ground = views.depth[:, 1], ground.view_as(views.depth[:, 1])
+    _, depth, _ = model.render(rd.reconstruct(model, views.images[:, 0]), poses)
+    seen = truth < ground - 0.01
+    return [(guess - truth).abs()[seen].mean().item() for guess in (depth, ground)]
+
+
+def scores(models, count):
+    """A row for each checkpoint: `evaluate` on `count` scenes x 4 novel views, and depth."""
+    rows = [("set", "input view", "**novel views**", "mean image", "input copied",
+             "depth error", "of the ground alone")]
+    for name, model in models.items():
+        views = synthetic(name, count, 5, model.config.resolution, rd.HELD_OUT)
+        found = ["{psnr:.2f} / {ssim:.3f}".format(**score)
+                 for score in rd.evaluate(model, views).values()]
+        novel, mean, copied = found[1:]
+        depths = map("{:.3f}".format, depth_error(model, views[:min(count, 64)]))
+        rows.append((name, found[0], f"**{novel}**", mean, copied, *depths))
+    print(f"PSNR in dB / SSIM, {count} held-out scenes x 4 novel views; depth in world units")
+    table(*rows)
+
+
+@torch.no_grad()
+def loss(models, count):
+    """Mean |x0_hat - x0| by t, from the picture's own camera."""
+    times, curves = [0, 100, 250, 400, 550, 700, 800, 900, 950, 1000], {}
+    for name, model in models.items():
+        views = synthetic(name, count, 1, model.config.resolution, rd.HELD_OUT, depth=False)
+        x0, poses, errors = views.images[:, 0], views.poses[:, 0], []
+        torch.manual_seed(0)
+        for t in times:
+            x_t = model.schedule.add_noise(x0, t, torch.randn_like(x0))
+            errors.append((model(x_t, t, poses) - x0).abs().mean().item())
+        curves[name] = times, errors
+    plot("loss", curves, "t", "mean |error|, images in [-1, 1]")
+    table(("t", *times), *((name, *map("{:.3f}".format, y)) for name, (_, y) in curves.items()))
+
+
+# ------------------------------------------------------------------------------------------------
+# Generated scenes
+# ------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def samples(models, count, frames=24):
+    """64 generated scenes of each set in a square, turning once round."""
+    for name, model in models.items():
+        S = model.config.resolution
+        _, planes = rd.generate(model, rd.turn_poses(model, 0, 64), steps=20, eta=0)
+        pictures = []
+        for pose in rd.turn_poses(model, 0, frames):
+            square = rd.render_all(model, planes, pose).view(8, 8, 3, S, S)
+            square = square.permute(2, 0, 3, 1, 4).reshape(1, 3, 8 * S, 8 * S)
+            pictures.append(Image.fromarray(rd.to_bytes(square)[0]).resize((16 * S, 16 * S), 0))
+        rd.write(HERE / f"{name}_samples.gif", lambda file: pictures[0].save(
+            file, format="GIF", save_all=True, loop=0, duration=100, append_images=pictures[1:]))
+
+
+def steps(models, count, calls=(5, 10, 15, 20, 50, 250, 1000)):
+    """The same noise denoised by more and more network calls."""
+    for name, model in list(models.items())[:1]:
+        rows, poses = {}, rd.turn_poses(model, 0, 8)
+        for n in calls:
+            start = time.time()
+            images, _ = rd.generate(model, poses, n, eta=0, seed=1)
+            rows[f"{n} calls, {(time.time() - start) / 8:.2f} s"] = images
+        rd.save_grid(HERE / "steps.png", rows)
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures unlike the training set, and pictures with a hole
+# ------------------------------------------------------------------------------------------------
+
+def unlike(name, count, resolution):
+    """`Views` of the same held-out scenes, two views each, as they are and changed.
+
+    What belongs to the scene (light, ground, colours) is changed in both views, what belongs to
+    the picture (noise, blur) in the first alone: the second is the truth.
+    """
+    scenes = random_scenes(name, count, rd.HELD_OUT)
+    poses = random_poses(name, count, 2, rd.HELD_OUT)
+
+    def traced(**changes):
+        images, _ = trace(replace(scenes, **changes), poses, SETS[name].focal, resolution,
+                          depth=False)
+        return replace(plain, images=images)
+
+    def taken(change):
+        images = plain.images.clone()
+        images[:, 0] = change(images[:, 0]).clamp(-1, 1)
+        return replace(plain, images=images)
+
+    plain = synthetic(name, count, 2, resolution, rd.HELD_OUT, depth=False)
+    noise = torch.randn(count, 3, resolution, resolution,
+                        generator=torch.Generator().manual_seed(0))
+    return {"as it is": plain,
+            "a palette never seen": traced(color=scenes.color.roll(1, -1) * 0.6 + 0.3),
+            "yellowish ground": traced(background=(0.80, 0.70, 0.45)),
+            "light from another side": traced(light=(1.0, -1.0, 2.8284)),
+            "noise": taken(lambda x: x + 0.4 * noise),
+            "blur": taken(lambda x: F.interpolate(F.avg_pool2d(x, 4), x.shape[2:],
+                                                  mode="bilinear"))}
+
+
+def t_r(models, count, levels=(0, 25, 50, 100, 200, 300, 500, 700, 1000)):
+    """Novel views by t_r."""
+    for name, model in list(models.items())[:1]:
+        curves, rows = {}, {}
+        for what, views in unlike(name, count, model.config.resolution).items():
+            planes = [rd.reconstruct(model, views.images[:, 0], views.poses[:, 0], level)
+                      for level in levels]
+            curves[what] = levels, [compare(model, some, views, 1) for some in planes]
+            rows[what] = torch.cat([views.images[:1, 0], *(
+                model.render(some[:1], views.poses[:1, 1])[0] for some in planes),
+                views.images[:1, 1]])
+        plot("t_r", curves, "t_r", "novel view, PSNR in dB")
+        rd.save_grid(HERE / "t_r_pictures.png", rows)
+        table((f"{name}, t_r", *levels), *((what, *map("{:.1f}".format, y))
+                                           for what, (_, y) in curves.items()))
+
+
+def inpainting(models, count, fillings=3):
+    """Holes of 40 % of the side: error, variety, and how well planes keep what was known."""
+    rows = [("set", "error in the hole", "other colour", "spread of fillings",
+             "known pixels, planes", "the same, nothing hidden", "novel view, dB")]
+    for name, model in models.items():
+        S = model.config.resolution
+        views = synthetic(name, count, 2, S, rd.HELD_OUT, depth=False)
+        images, poses, masks = views.images[:, 0], views.poses[:, 0], torch.ones(count, 1, S, S)
+        masks[:, :, round(0.3 * S):round(0.7 * S), round(0.3 * S):round(0.7 * S)] = 0
+        hole = (masks < 0.5).expand_as(images)
+
+        def known(planes):
+            error = (model.render(planes, poses)[0] / 2 - images / 2)[~hole].square().mean()
+            return -10 * error.log10().item()
+        made = [rd.inpaint(model, images, masks, poses, 20, jump_n_sample=2, seed=seed)
+                for seed in range(fillings)]
+        filled = torch.stack([image for image, _ in made])                     # (F, B, 3, S, S)
+        error = torch.stack([(image - images).abs()[hole].view(count, -1).mean(1)
+                             for image in filled])                             # (F, B)
+        rows.append((name, f"{error.mean():.3f}", f"{(error > 0.2).sum()} of {error.numel()}",
+                     f"{filled.std(0)[hole].mean():.3f}", f"{known(made[0][1]):.1f} dB",
+                     f"{known(rd.reconstruct(model, images)):.1f} dB",
+                     f"{sum(compare(model, planes, views, 1) for _, planes in made) / fillings:.1f}"
+                     ))
+        shown = {"input": images[:8], "masked": (images * masks + masks - 1)[:8]}
+        for k, (image, planes) in enumerate(made):
+            shown[f"filling {k + 1}"] = image[:8]
+            shown[f"{k + 1}, from the side"] = model.render(planes[:8], views.poses[:8, 1])[0]
+        rd.save_grid(HERE / ("inpainting.png" if len(rows) == 2 else f"inpainting_{name}.png"),
+                     shown | {"the side's truth": views.images[:8, 1]})
+    table(*rows)
+
+
+FIGURES = {f.__name__: f for f in (scores, samples, steps, t_r, inpainting, loss)}
+COUNTS = dict(scores=256, t_r=32, inpainting=32, loss=64)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", metavar="FIGURE", help=", ".join(FIGURES))
+    parser.add_argument("--checkpoints", nargs="+", metavar="NAME", help="in checkpoints/",
+                        default=[name for name in SETS if (rd.SHIPPED / f"{name}.pt").is_file()])
+    parser.add_argument("--scenes", type=int, help="how many held-out ones")
+    args = parser.parse_args()
+    if unknown := set(args.what) - set(FIGURES):
+        parser.error(f"there is no {', '.join(sorted(unknown))}; choose from {', '.join(FIGURES)}")
+    models = {name: rd.load_checkpoint(name) for name in args.checkpoints}
+    for name in args.what or FIGURES:
+        FIGURES[name](models, args.scenes or COUNTS.get(name))
+
+
+if __name__ == "__main__":
+    main()
