@@ -6,6 +6,7 @@
 Everything is compared with something known: a closed form, a plain loop, a direct computation.
 """
 import copy
+import importlib
 import itertools
 import json
 import math
@@ -2362,6 +2363,14 @@ def test_everything_in_the_readme_runs(desk):
                 assert done.returncode == 0, f"{line}\n{done.stderr}"
 
 
+# results/ -----------------------------------------------------------------------------------------
+
+def script(monkeypatch, name):
+    """A module of results/."""
+    monkeypatch.syspath_prepend(HERE / "results")
+    return importlib.import_module(name)
+
+
 @slow
 def test_benchmark_runs(monkeypatch, capsys):
     """Each part once: its shares of the hardware's rates are not looked at."""
@@ -2371,14 +2380,75 @@ def test_benchmark_runs(monkeypatch, capsys):
             run()
             starts.append(time.perf_counter())
         return np.diff(starts).tolist()
-    monkeypatch.syspath_prepend(HERE / "results")
-    import benchmark
+    benchmark = script(monkeypatch, "benchmark")
     monkeypatch.setattr(benchmark, "medians", once)
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--json"])
     benchmark.main()
     found = json.loads(capsys.readouterr().out)
     assert len(found["speed"]) > 12 and all(row["rate"] > 0 for row in found["speed"])
     assert all(0 < row["megabytes"] < 1000 for row in found["memory"])
+
+
+@slow
+def test_figures_are_made(monkeypatch, tmp_path, capsys):
+    figures = script(monkeypatch, "figures")
+    small = dict(samples=dict(count=8, frames=2), steps=dict(count=2, calls=(1, 2)),
+                 t_r=dict(count=2, levels=(0, 20)), inpainting=dict(count=2, fillings=2))
+    monkeypatch.setattr(figures, "FIGURES", {
+        name: partial(make, **small.get(name, dict(count=2)))
+        for name, make in figures.FIGURES.items()})
+    figures.main(["--checkpoints", "clevr1", "--out", str(tmp_path)])
+    made = {path.name: Image.open(path).size for path in tmp_path.iterdir()}
+    assert set(made) == {"clevr1_samples.gif", "steps.png", "t_r.png", "t_r_pictures.png",
+                         "clevr1_inpainting.png", "loss.png"}
+    assert made["clevr1_samples.gif"] == (512, 64)
+    assert capsys.readouterr().out.count("|---") > 20
+
+
+def test_depth_is_compared_where_objects_are(monkeypatch):
+    """A model that shows the true depth, plus 0.1 on objects and anything elsewhere."""
+    figures, views = script(monkeypatch, "figures"), synthetic("clevr1", 8, 2, 32, -1)
+    _, directions = camera_rays(views.poses[:, 1], views.focal, 32)
+    ground = ((-0.45 - views.poses[:, 1, 2, 3, None]) / directions[..., 2]).view(8, 32, 32)
+    is_object = views.depth[:, 1] < ground - 0.01
+    model = tiny_model(resolution=32)
+    model.render = lambda *_: (None, views.depth[:, 1] + torch.where(is_object, 0.1, 5.0), None)
+    error, alone = figures.depth_error(model, views)
+    assert error == pytest.approx(0.1, abs=1e-4) and 0.2 < alone < 2
+
+
+def test_ablations_change_what_they_say(monkeypatch, tmp_path):
+    ablations = script(monkeypatch, "ablations")
+    scores = {key: {"psnr": 7.0} for key in ("input", "novel")}
+    monkeypatch.setattr(rd, "evaluate", lambda *_: scores)
+    rows = [ablations.run(name, tiny(steps=2, out=str(tmp_path)), 2) for name in ablations.RUNS]
+    assert all(row.endswith("| 2 | 7.00 | 7.00 |") for row in rows) and len(set(rows)) == len(rows)
+
+    model, x0 = tiny_model().requires_grad_(True), torch.rand(4, 3, 16, 16) * 2 - 1
+    poses, gradients = PAIR.repeat(2, 1, 1), []
+
+    def weigh(x_t, t, *more):           # the same by a weight of the loss itself, summed up by hand
+        alpha_bar = model.schedule.alpha_bar[t]
+        weight = (alpha_bar / (1 - alpha_bar)).clamp(max=5)
+        x0_hat = model(x_t, t, *more)
+        target = x0.flatten(2).mT.gather(1, more[1][..., None].expand(-1, -1, 3))
+        mean = (x0_hat - target).abs().mean((1, 2))
+        (mean * weight / weight.mean()).mean().backward()
+        return x0_hat
+    for loss in (lambda: rd.denoising_loss(weigh, model, x0, poses, 0),
+                 lambda: ablations.min_snr(model, model, x0, poses, 0).backward()):
+        torch.manual_seed(0)
+        loss()
+        gradients.append(model.mlp.layers[0].weight.grad.clone())
+        model.zero_grad()
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-7)
+
+    told = ablations.Told(tiny())
+    images = [told(x0, 0, some) for some in (poses, poses.flip(0))]
+    told.poses = poses
+    one = told.encode(x0, 0)
+    told.poses = poses.flip(0)
+    assert not torch.allclose(one, told.encode(x0, 0), atol=1e-4) and images[0].shape == x0.shape
 
 
 # The notebook -----------------------------------------------------------------------------------

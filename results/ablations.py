@@ -37,7 +37,7 @@ def min_snr(model, ema, *rest):
 
 
 def two_views(model, ema, x0, poses, progress, rank=0, world=1, steps=[0]):
-    """Noised and encoded from one view of a scene; half of the examples are compared with another."""
+    """Encoded from one view of a scene; half of the examples are compared with another one."""
     config, B = ema.config, len(x0)
     views = synthetic(config.data, B, 2, config.resolution, config.seed + 1, x0.device,
                       start=steps[0] * B, depth=False)
@@ -79,24 +79,26 @@ class Told(rd.RenderDiffusion):
         return super().forward(x_t, t, poses, *rest)
 
 
-def attending(where):
-    """The class of U-Net blocks with attention in those at a side for which where(side) is true."""
-    def block(c, c_emb, attention):
-        return rd_Block(c, c_emb, where(attention))
-    rd_Block = rd.Block
-    return block
+Block = rd.Block
+
+
+def attending(everywhere):
+    """U-Net blocks with attention in all of them, or in none."""
+    return lambda c, c_emb, attention: Block(c, c_emb, everywhere)
 
 
 RUNS = {    # what it is, fields of Config, loss, what of the module is another thing
     "plain": ("as it is", {}, rd.denoising_loss, {}),
+    "uniform": ("rays anywhere, as likely on the background", dict(empty_rays=1.0),
+                rd.denoising_loss, {}),
     "l2": ("loss L2 instead of L1", dict(loss="l2"), rd.denoising_loss, {}),
     "min_snr": ("L1 weighted by min(SNR, 5)", {}, min_snr, {}),
     "no_clean": ("no examples at t = 0", dict(clean=0.0), rd.denoising_loss, {}),
     "clean": ("60 % of the examples at t = 0", dict(clean=0.6), rd.denoising_loss, {}),
     "attention": ("attention in every block, as the paper", {}, rd.denoising_loss,
-                  dict(Block=attending(lambda small: True))),
+                  dict(Block=attending(True))),
     "no_attention": ("no attention", {}, rd.denoising_loss,
-                     dict(Block=attending(lambda small: False))),
+                     dict(Block=attending(False))),
     "told": ("the encoder is told the camera", {}, rd.denoising_loss, dict(RenderDiffusion=Told)),
     "billboard": ("all cameras in one frame", {}, billboard, {}),
     "two_views": ("two views a scene, half of the examples compared with the other (a bound)", {},
@@ -109,7 +111,7 @@ RUNS = {    # what it is, fields of Config, loss, what of the module is another 
 # ------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def measure(model, name, scenes=128):
+def measure(model, name, scenes):
     """Mean PSNR of the input view and of two novel views, as `evaluate` has them at t_r = 0."""
     config, scores = model.config, []
     views = synthetic(config.data, scenes, 3, config.resolution, rd.HELD_OUT, depth=False)
@@ -123,7 +125,7 @@ def measure(model, name, scenes=128):
     return torch.tensor(scores).mean(0).tolist()
 
 
-def run(name, config):
+def run(name, config, scenes=128):
     """Train one variant -> its row of the table, as text."""
     text, fields, loss, others = RUNS[name]
     config, steps = replace(config, **fields), []
@@ -133,7 +135,7 @@ def run(name, config):
         return loss(*args)
     with mock.patch.multiple(rd, health=lambda *_: "", **others):
         model = rd.train(config, counted)
-    return "| {} | {} | {:.2f} | {:.2f} |".format(text, len(steps), *measure(model, name))
+    return "| {} | {} | {:.2f} | {:.2f} |".format(text, len(steps), *measure(model, name, scenes))
 
 
 def main():

@@ -1,19 +1,20 @@
 """Remakes the pictures and tables of README.md from the checkpoints.
 
-    python results/figures.py                           # all of them: about an hour on two cores
+    python results/figures.py --out results             # all of them: about an hour on two cores
     python results/figures.py scores --checkpoints clevr1 cars
     python results/figures.py samples t_r inpainting --scenes 16
 
 scores      novel views and depth on held-out scenes, beside what needs no 3D
-samples     results/NAME_samples.gif: 64 generated scenes, turning
-steps       results/steps.png: the same noise, by network calls, with times
-t_r         results/t_r.png: novel views by t_r, for pictures like the training set and unlike it
-inpainting  results/inpainting.png: fillings of a hole of 40 % of the side; how well, how varied
-loss        results/loss.png: mean error by t
+samples     NAME_samples.gif: 64 generated scenes, turning
+steps       steps.png: the same noise, by network calls, with times
+t_r         t_r.png, t_r_pictures.png: novel views by t_r, for inputs like the training set and not
+inpainting  NAME_inpainting.png: fillings of a hole of 40 % of the side; how well, how varied
+loss        loss.png: mean error by t
 
-Prints Markdown tables. All scenes are held out: trainings take only seeds from 0 on.
+Prints Markdown tables, writes pictures to --out. Scenes are held out: trainings use other seeds.
 """
 import argparse
+import math
 import sys
 import time
 from dataclasses import replace
@@ -24,8 +25,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import renderdiffusion as rd
 from data import SETS, camera_rays, random_poses, random_scenes, synthetic, trace
 
@@ -42,8 +42,8 @@ def compare(model, planes, views, v):
     return rd.psnr(rd.to_unit(shown), rd.to_unit(views.images[:, v])).mean().item()
 
 
-def plot(name, curves, xlabel, ylabel):
-    """results/NAME.png: curves is a dict from a label to x and y."""
+def plot(path, curves, xlabel, ylabel):
+    """Write a PNG: curves is a dict from a label to x and y."""
     figure = Figure(figsize=(7, 3), dpi=128, layout="constrained")
     axis = figure.subplots()
     for label, (x, y) in curves.items():
@@ -51,7 +51,7 @@ def plot(name, curves, xlabel, ylabel):
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.grid(alpha=0.3)
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    rd.write(HERE / f"{name}.png", lambda file: figure.savefig(file, format="png"))
+    rd.write(path, lambda file: figure.savefig(file, format="png"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def depth_error(model, views):
     return [(guess - truth).abs()[seen].mean().item() for guess in (depth, ground)]
 
 
-def scores(models, count):
+def scores(models, out, count=256):
     """A row for each checkpoint: `evaluate` on `count` scenes x 4 novel views, and depth."""
     rows = [("set", "input view", "**novel views**", "mean image", "input copied",
              "depth error", "of the ground alone")]
@@ -87,7 +87,7 @@ def scores(models, count):
 
 
 @torch.no_grad()
-def loss(models, count):
+def loss(models, out, count=64):
     """Mean |x0_hat - x0| by t, from the picture's own camera."""
     times, curves = [0, 100, 250, 400, 550, 700, 800, 900, 950, 1000], {}
     for name, model in models.items():
@@ -98,7 +98,7 @@ def loss(models, count):
             x_t = model.schedule.add_noise(x0, t, torch.randn_like(x0))
             errors.append((model(x_t, t, poses) - x0).abs().mean().item())
         curves[name] = times, errors
-    plot("loss", curves, "t", "mean |error|, images in [-1, 1]")
+    plot(out / "loss.png", curves, "t", "mean |error|, images in [-1, 1]")
     table(("t", *times), *((name, *map("{:.3f}".format, y)) for name, (_, y) in curves.items()))
 
 
@@ -107,29 +107,30 @@ def loss(models, count):
 # ------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def samples(models, count, frames=24):
-    """64 generated scenes of each set in a square, turning once round."""
+def samples(models, out, count=64, frames=24):
+    """Generated scenes of each set, eight a row, turning once round."""
     for name, model in models.items():
-        S = model.config.resolution
-        _, planes = rd.generate(model, rd.turn_poses(model, 0, 64), steps=20, eta=0)
+        S, rows = model.config.resolution, math.ceil(count / 8)
+        _, planes = rd.generate(model, rd.turn_poses(model, 0, 8 * rows), steps=20, eta=0)
         pictures = []
         for pose in rd.turn_poses(model, 0, frames):
-            square = rd.render_all(model, planes, pose).view(8, 8, 3, S, S)
-            square = square.permute(2, 0, 3, 1, 4).reshape(1, 3, 8 * S, 8 * S)
-            pictures.append(Image.fromarray(rd.to_bytes(square)[0]).resize((16 * S, 16 * S), 0))
-        rd.write(HERE / f"{name}_samples.gif", lambda file: pictures[0].save(
+            shown = rd.render_all(model, planes, pose).view(rows, 8, 3, S, S)
+            shown = shown.permute(2, 0, 3, 1, 4).reshape(1, 3, rows * S, 8 * S)
+            frame = Image.fromarray(rd.to_bytes(shown)[0])
+            pictures.append(frame.resize((2 * frame.width, 2 * frame.height), 0))
+        rd.write(out / f"{name}_samples.gif", lambda file: pictures[0].save(
             file, format="GIF", save_all=True, loop=0, duration=100, append_images=pictures[1:]))
 
 
-def steps(models, count, calls=(5, 10, 15, 20, 50, 250, 1000)):
+def steps(models, out, count=8, calls=(5, 10, 15, 20, 50, 250, 1000)):
     """The same noise denoised by more and more network calls."""
     for name, model in list(models.items())[:1]:
-        rows, poses = {}, rd.turn_poses(model, 0, 8)
+        rows, poses = {}, rd.turn_poses(model, 0, count)
         for n in calls:
             start = time.time()
             images, _ = rd.generate(model, poses, n, eta=0, seed=1)
-            rows[f"{n} calls, {(time.time() - start) / 8:.2f} s"] = images
-        rd.save_grid(HERE / "steps.png", rows)
+            rows[f"{n} calls, {(time.time() - start) / count:.2f} s"] = images
+        rd.save_grid(out / "steps.png", rows)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -167,7 +168,7 @@ def unlike(name, count, resolution):
                                                   mode="bilinear"))}
 
 
-def t_r(models, count, levels=(0, 25, 50, 100, 200, 300, 500, 700, 1000)):
+def t_r(models, out, count=32, levels=(0, 25, 50, 100, 200, 300, 500, 700, 1000)):
     """Novel views by t_r."""
     for name, model in list(models.items())[:1]:
         curves, rows = {}, {}
@@ -178,13 +179,13 @@ def t_r(models, count, levels=(0, 25, 50, 100, 200, 300, 500, 700, 1000)):
             rows[what] = torch.cat([views.images[:1, 0], *(
                 model.render(some[:1], views.poses[:1, 1])[0] for some in planes),
                 views.images[:1, 1]])
-        plot("t_r", curves, "t_r", "novel view, PSNR in dB")
-        rd.save_grid(HERE / "t_r_pictures.png", rows)
+        plot(out / "t_r.png", curves, "t_r", "novel view, PSNR in dB")
+        rd.save_grid(out / "t_r_pictures.png", rows)
         table((f"{name}, t_r", *levels), *((what, *map("{:.1f}".format, y))
                                            for what, (_, y) in curves.items()))
 
 
-def inpainting(models, count, fillings=3):
+def inpainting(models, out, count=32, fillings=3):
     """Holes of 40 % of the side: error, variety, and how well planes keep what was known."""
     rows = [("set", "error in the hole", "other colour", "spread of fillings",
              "known pixels, planes", "the same, nothing hidden", "novel view, dB")]
@@ -212,28 +213,30 @@ def inpainting(models, count, fillings=3):
         for k, (image, planes) in enumerate(made):
             shown[f"filling {k + 1}"] = image[:8]
             shown[f"{k + 1}, from the side"] = model.render(planes[:8], views.poses[:8, 1])[0]
-        rd.save_grid(HERE / ("inpainting.png" if len(rows) == 2 else f"inpainting_{name}.png"),
+        rd.save_grid(out / f"{name}_inpainting.png",
                      shown | {"the side's truth": views.images[:8, 1]})
     table(*rows)
 
 
 FIGURES = {f.__name__: f for f in (scores, samples, steps, t_r, inpainting, loss)}
-COUNTS = dict(scores=256, t_r=32, inpainting=32, loss=64)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", metavar="FIGURE", help=", ".join(FIGURES))
     parser.add_argument("--checkpoints", nargs="+", metavar="NAME", help="in checkpoints/",
                         default=[name for name in SETS if (rd.SHIPPED / f"{name}.pt").is_file()])
-    parser.add_argument("--scenes", type=int, help="how many held-out ones")
-    args = parser.parse_args()
+    parser.add_argument("--scenes", type=int, help="how many; default: each figure's own number")
+    parser.add_argument("--out", type=Path, default="out", help="folder for the pictures")
+    args = parser.parse_args(argv)
     if unknown := set(args.what) - set(FIGURES):
         parser.error(f"there is no {', '.join(sorted(unknown))}; choose from {', '.join(FIGURES)}")
+    if unknown := set(args.checkpoints) - set(SETS):
+        parser.error(f"there is no set {', '.join(sorted(unknown))}: name shipped checkpoints")
     models = {name: rd.load_checkpoint(name) for name in args.checkpoints}
     for name in args.what or FIGURES:
-        FIGURES[name](models, args.scenes or COUNTS.get(name))
+        FIGURES[name](models, args.out, *([args.scenes] if args.scenes else []))
 
 
 if __name__ == "__main__":
