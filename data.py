@@ -116,7 +116,8 @@ class Scenes:
 
 def take(x, index):
     """Columns of x (..., M) by their numbers; on a CPU much faster than x[..., index]."""
-    return x.reshape(-1, x.shape[-1]).index_select(1, index).view(*x.shape[:-1], -1)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return rows.index_select(1, index).view(*x.shape[:-1], len(index))
 
 
 def linear(matrix, vectors):

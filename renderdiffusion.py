@@ -87,7 +87,7 @@ class Config:
     # training
     batch: int = 16             # images a step and process
     rays: int = 256             # rays an image
-    empty_rays: float = 0.1     # chance of a ray for mere background, beside the rest; 1: the same
+    empty_rays: float = 0.1     # weight of background pixels when rays are drawn; the others' is 1
     steps: int = 6400           # optimiser steps
     minutes: float = 0.0        # train by the clock instead; 0: by steps
     lr: float = 1e-3            # Adam's learning rate between warm-up and decay
@@ -116,6 +116,8 @@ class Config:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
         if self.unet_channels % 16:
             raise ValueError(f"unet_channels must be a multiple of 16, not {self.unet_channels}")
+        if self.init and self.resume:
+            raise ValueError("init begins a training and resume goes on with one: give one of them")
         return self
 
 
@@ -494,10 +496,11 @@ def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1):
         source[chosen] = other
     noise = torch.randn(world * B, *x0.shape[1:], device=device)[mine]
     x_t = ema.schedule.add_noise(source, t, noise)
-    # Rays go where something is to be seen, and a pixel round it: its outside matters, too
+    # Mere background is soon learnt: its pixels have weight `empty_rays` in the draw, all others
+    # and a margin of a pixel 1. The loss is not corrected for it: what is to be seen counts more.
     unlike = (x0 - (ema.background * 2 - 1).view(3, 1, 1)).abs().amax(1, keepdim=True) > 0.02
-    chance = F.max_pool2d(unlike.float(), 3, 1, 1).flatten(1).clamp(min=config.empty_rays)
-    keys = draw(chance.shape[1]).log() / chance         # the largest: a draw without replacement
+    weight = F.max_pool2d(unlike.float(), 3, 1, 1).flatten(1).clamp(min=config.empty_rays)
+    keys = draw(weight.shape[1]).log() / weight         # the largest: Efraimidis & Spirakis 2006
     pixels = keys.topk(min(config.rays, keys.shape[1])).indices                # (B, n)
     jitter = draw(pixels.shape[1], config.samples)
     x0_hat = model(x_t, t, poses, pixels, jitter)                              # (B, n, 3)
@@ -701,18 +704,21 @@ def bf16_is_fast(device):
 # ------------------------------------------------------------------------------------------------
 
 def noise_levels(schedule, steps, top=None):
-    """steps + 1 levels rising from 0 to `top` (None: T), log(SNR) falling evenly in between.
+    """steps + 1 levels rising from 0 to `top` (None: T): few of them lie evenly in log(SNR), as in
+    DPM-Solver (Lu et al. 2022, arXiv 2206.00927), and the more there are, the more evenly in t.
 
-    So steps are short near all noise, where what the picture shows is decided, and near none (Lu
-    et al. 2022, section 5). ValueError where there are fewer levels than steps.
+    So steps in t are short near all noise, where what the picture shows is decided, and near none.
+    ValueError where there are fewer levels than steps.
     """
     top = schedule.T if top is None else top
     if not 1 <= steps <= top:
         raise ValueError(f"steps must be from 1 to {top}, not {steps}")
     log_snr = schedule.alpha_bar[:top + 1].logit()                             # falls
-    end = max(1, top // (6 * steps))            # log(SNR) is infinite at 0, and nearly so at T
+    # log(SNR) is infinite at 0 and nearly so at T: even but for a sixth of a usual step at each end
+    end = max(1, top // (6 * steps))
     even = torch.linspace(*log_snr[[end, top - end]], steps + 1)
     found = torch.searchsorted(-log_snr, -even).tolist()
+    # i + ...: each is at least one above the last, also where `even` lies closer than levels do
     return [0, *(i + (top - steps) * found[i] // top for i in range(1, steps)), top]
 
 
@@ -726,20 +732,20 @@ def denoise(model, x_t, poses, levels, eta, generator, watch=None):
     """From x_t at the last of the rising `levels` down to their first, 0 -> images, planes.
 
     With eta = 0, where nothing new comes in, x0_hat is first moved on along the way it went since
-    the step before: DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), which is DDIM to second order.
-    watch(t, x_t, x0_hat, depth), if given, is called at every step.
+    the step before: DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2), of which DDIM
+    is the first order. watch(t, x_t, x0_hat, depth), if given, sees every step.
     """
-    lam, before = model.schedule.alpha_bar.logit() / 2, None                   # log(alpha / sigma)
+    lam, before = model.schedule.alpha_bar.logit() / 2, None    # log(alpha / sigma), infinite at 0
     for t, s in zip(levels[:0:-1], levels[-2::-1]):
         planes = model.encode(x_t, t)
         x0_hat, depth, _ = model.render(planes, poses, fine=s == 0)            # fine: what is kept
-        x0_hat = x0 = x0_hat.clamp(-1, 1)
+        D = x0_hat = x0_hat.clamp(-1, 1)
         if watch:
             watch(t, x_t, x0_hat, depth)
-        if eta == 0 and before and s > 0:
+        if eta == 0 and before and s > 0:                       # the last step returns x0_hat
             u, x0_hat_u = before
-            x0 = x0_hat + (lam[s] - lam[t]) / (lam[t] - lam[u]) / 2 * (x0_hat - x0_hat_u)
-        mean, variance = model.schedule.posterior(x0, x_t, t, s, eta)
+            D = x0_hat + (lam[s] - lam[t]) / (lam[t] - lam[u]) / 2 * (x0_hat - x0_hat_u)
+        mean, variance = model.schedule.posterior(D, x_t, t, s, eta)
         x_t, before = mean + variance.sqrt() * standard_normal(x_t, generator), (t, x0_hat)
     return x_t, planes
 
@@ -747,7 +753,8 @@ def denoise(model, x_t, poses, levels, eta, generator, watch=None):
 def generate(model, poses, steps=50, eta=1.0, seed=0):
     """New scenes: poses (B, 4, 4), through which they are denoised -> images (B, 3, S, S), planes.
 
-    eta = 1 samples as Ho et al. 2020, algorithm 2, in `steps` of T steps; eta = 0 adds no noise.
+    eta = 1 samples as Ho et al. 2020, algorithm 2, in `steps` of T steps; eta = 0 adds no noise on
+    the way, and 20 steps suffice.
     """
     S, generator = model.config.resolution, torch.Generator().manual_seed(seed)
     x_T = standard_normal(poses.new_empty(len(poses), 3, S, S), generator)
@@ -959,7 +966,8 @@ def save_checkpoint(path, model, training=None):
     weights, config = model.state_dict(), model.config
     if training is None:
         weights = {name: weight.half() for name, weight in weights.items()}
-        config = dataclasses.replace(config, device="auto", out="out", resume=False)
+        config = dataclasses.replace(config, device="auto", out="out", resume=False,
+                                     init="")
     state = {"version": VERSION, "config": dataclasses.asdict(config), "ema": weights}
     buffer = BytesIO()          # to a file, torch makes a RuntimeError of a full disk's OSError
     torch.save({**state, **(training or {})}, buffer)
@@ -1232,7 +1240,7 @@ HELP = {    # an option, its type where the default does not tell, what it is
     "device": (str, "auto (cuda, mps or cpu, the first there is) or a torch device"),
     "count": (int, "how many scenes"),
     "steps": (int, "network calls; None: 50 for all T"),
-    "eta": (float, "1: noise anew at each step (ancestral), 0: none, fewer steps"),
+    "eta": (float, "1: noise anew at each step (ancestral); 0: none, and 20 steps suffice"),
     "image": (str, "picture file; None: scenes that training never saw"),
     "fit": (str, "make the picture square: crop to its middle, or pad with the background"),
     "mask": (str, "mask file, white = keep; None: a square in the middle is filled"),

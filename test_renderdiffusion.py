@@ -1617,6 +1617,11 @@ def test_a_training_begins_with_the_weights_that_it_is_given(monkeypatch, traine
         assert all(torch.equal(state[key], value) for key, value in start.state_dict().items())
     with pytest.raises(ValueError, match="another model"):
         train(tiny(init=str(trained), out=str(tmp_path), mlp_hidden=32))
+    with pytest.raises(ValueError, match="give one of them"):
+        train(tiny(init=str(trained), out=str(tmp_path), resume=True))
+    weights = tmp_path / "shared.pt"
+    save_checkpoint(weights, load_checkpoint(tmp_path / "clevr1.pt"))
+    assert str(trained).encode() not in weights.read_bytes()       # nobody's folders
 
 
 def test_every_step_has_new_scenes_and_none_is_held_out(monkeypatch, tmp_path):
@@ -1872,6 +1877,19 @@ def test_without_fresh_noise_sampling_follows_the_flow():
     errors = [error(steps) for steps in (10, 20, 160)]
     assert errors[0] < 0.01 and errors[1] < 0.001 and errors[2] < 1e-4
     assert error(20, first_order=True) > 10 * errors[1]
+
+
+def test_sampling_can_be_watched():
+    model, frames = tiny_model(), []
+    x_T, levels = torch.randn(2, 3, 16, 16), noise_levels(tiny_model().schedule, 4)
+    images, _ = rd.denoise(model, x_T, PAIR, levels, 0, torch.Generator(),
+                           watch=lambda *frame: frames.append(frame))
+    times, x_t, x0_hat, depth = zip(*frames)
+    assert list(times) == levels[:0:-1] and torch.equal(x_t[0], x_T)
+    assert torch.equal(x0_hat[-1], images) and all(d.shape == (2, 16, 16) for d in depth)
+    for t, x, guess in zip(times[:-1], x_t, x0_hat):
+        shown = model.render(model.encode(x, t), PAIR, fine=False)[0].clamp(-1, 1)
+        assert torch.allclose(shown, guess, atol=1e-6)
 
 
 def test_a_seed_is_a_picture_and_the_last_step_adds_no_noise():
@@ -2408,9 +2426,10 @@ def test_figures_are_made(monkeypatch, tmp_path, capsys):
 def test_depth_is_compared_where_objects_are(monkeypatch):
     """A model that shows the true depth, plus 0.1 on objects and anything elsewhere."""
     figures, views = script(monkeypatch, "figures"), synthetic("clevr1", 8, 2, 32, -1)
-    _, directions = camera_rays(views.poses[:, 1], views.focal, 32)
-    ground = ((-0.45 - views.poses[:, 1, 2, 3, None]) / directions[..., 2]).view(8, 32, 32)
-    is_object = views.depth[:, 1] < ground - 0.01
+    scenes = random_scenes("clevr1", 8, -1)
+    _, bare = trace(replace(scenes, kind=torch.full_like(scenes.kind, EMPTY)), views.poses[:, 1:],
+                    views.focal, 32)
+    is_object = views.depth[:, 1] < bare[:, 0] - 0.01
     model = tiny_model(resolution=32)
     model.render = lambda *_: (None, views.depth[:, 1] + torch.where(is_object, 0.1, 5.0), None)
     error, alone = figures.depth_error(model, views)
@@ -2419,13 +2438,41 @@ def test_depth_is_compared_where_objects_are(monkeypatch):
 
 def test_ablations_change_what_they_say(monkeypatch, tmp_path):
     ablations = script(monkeypatch, "ablations")
-    scores = {key: {"psnr": 7.0} for key in ("input", "novel")}
-    monkeypatch.setattr(rd, "evaluate", lambda *_: scores)
-    rows = [ablations.run(name, tiny(steps=2, out=str(tmp_path)), 2) for name in ablations.RUNS]
-    assert all(row.endswith("| 2 | 7.00 | 7.00 |") for row in rows) and len(set(rows)) == len(rows)
+    seen, plain = {}, synthetic("clevr1", 2, 3, 16, rd.HELD_OUT).poses
+
+    def evaluate(model, views):
+        seen[name] = model, views.poses
+        return {key: {"psnr": 7.0} for key in ("input", "novel")}
+    monkeypatch.setattr(rd, "evaluate", evaluate)
+    for name in ablations.RUNS:
+        row = ablations.run(name, tiny(steps=2, out=str(tmp_path)), 2)
+        assert row.endswith("| 2 | 7.00 | 7.00 |")
+    attention = {name: {block.attention for block in model.modules() if isinstance(block, rd.Block)}
+                 for name, (model, _) in seen.items()}
+    assert attention["attention"] == {True} and attention["no_attention"] == {False}
+    assert all(torch.equal(poses, plain) for name, (_, poses) in seen.items() if name != "billboard")
+    model, poses = seen["billboard"]                # all from the front, the others relative to it
+    assert torch.allclose(poses[:, 0], ablations.front(model.config).expand(2, 4, 4), atol=1e-6)
+    moves = [torch.linalg.inv(x[:, :1]) @ x for x in (plain, poses)]
+    assert torch.allclose(*moves, atol=1e-5)
 
     model, x0 = tiny_model().requires_grad_(True), torch.rand(4, 3, 16, 16) * 2 - 1
-    poses, gradients = PAIR.repeat(2, 1, 1), []
+    poses, gradients, asked = PAIR.repeat(2, 1, 1), [], []
+
+    def spy(x_t, t, *more):
+        asked.append((x_t[t == 0], more[0]))
+        return model(x_t, t, *more)
+    ema = tiny_model(clean=0.99)
+    torch.manual_seed(0)
+    ablations.two_views(spy, ema, x0, poses, 0)
+    torch.manual_seed(0)
+    start = torch.randint(2 ** 30, ()).item()       # the scenes that it drew
+    views = synthetic("clevr1", 4, 2, 16, 1, start=start)
+    (x_t, rendered), = asked
+    assert all(any(torch.equal(x, image) for image in views.images[:, 0]) for x in x_t)
+    sides = [[torch.equal(pose, other) for other in both] for pose, both in
+             zip(rendered, views.poses)]
+    assert sorted(sides) == [[False, True]] * 2 + [[True, False]] * 2
 
     def weigh(x_t, t, *more):           # the same by a weight of the loss itself, summed up by hand
         alpha_bar = model.schedule.alpha_bar[t]

@@ -27,7 +27,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import renderdiffusion as rd
-from data import SETS, camera_rays, random_poses, random_scenes, synthetic, trace
+from data import SETS, camera_rays, random_scenes, synthetic, trace
 
 
 def table(*rows):
@@ -61,20 +61,23 @@ def plot(path, curves, xlabel, ylabel):
 @torch.no_grad()
 def depth_error(model, views):
     """Mean |error| of expected depth where an object is seen, from view 1 of scenes reconstructed
-    from view 0, beside that of the ground alone, as if no object were there (in world units)."""
+    from view 0, beside that of the empty ground, cut off at the cube like ours (in world units)."""
     poses = views.poses[:, 1]
     origins, directions = camera_rays(poses, views.focal, views.images.shape[-1])
     ground = (SETS[views.name].ground - origins[..., 2]) / directions[..., 2]
-    truth, ground = views.depth[:, 1], ground.view_as(views.depth[:, 1])
+    ground = torch.where(ground > 0, ground, math.inf)                         # above the horizon
+    _, far = rd.ray_interval(origins, directions)
+    truth = views.depth[:, 1]
+    ground, empty = ground.view_as(truth), ground.minimum(far).view_as(truth)
     _, depth, _ = model.render(rd.reconstruct(model, views.images[:, 0]), poses)
     seen = truth < ground - 0.01
-    return [(guess - truth).abs()[seen].mean().item() for guess in (depth, ground)]
+    return [(guess - truth).abs()[seen].mean().item() for guess in (depth, empty)]
 
 
 def scores(models, out, count=256):
     """A row for each checkpoint: `evaluate` on `count` scenes x 4 novel views, and depth."""
     rows = [("set", "input view", "**novel views**", "mean image", "input copied",
-             "depth error", "of the ground alone")]
+             "depth error", "of the empty ground")]
     for name, model in models.items():
         views = synthetic(name, count, 5, model.config.resolution, rd.HELD_OUT)
         found = ["{psnr:.2f} / {ssim:.3f}".format(**score)
@@ -117,19 +120,20 @@ def samples(models, out, count=64, frames=24):
             shown = rd.render_all(model, planes, pose).view(rows, 8, 3, S, S)
             shown = shown.permute(2, 0, 3, 1, 4).reshape(1, 3, rows * S, 8 * S)
             frame = Image.fromarray(rd.to_bytes(shown)[0])
-            pictures.append(frame.resize((2 * frame.width, 2 * frame.height), 0))
+            pictures.append(frame.resize((16 * S, 2 * rows * S), Image.Resampling.NEAREST))
         rd.write(out / f"{name}_samples.gif", lambda file: pictures[0].save(
             file, format="GIF", save_all=True, loop=0, duration=100, append_images=pictures[1:]))
 
 
 def steps(models, out, count=8, calls=(5, 10, 15, 20, 50, 250, 1000)):
-    """The same noise denoised by more and more network calls."""
-    for name, model in list(models.items())[:1]:
+    """The same noise denoised by more and more network calls, by the first checkpoint."""
+    for model in list(models.values())[:1]:
         rows, poses = {}, rd.turn_poses(model, 0, count)
+        rd.generate(model, poses, 1)                                           # warms up
         for n in calls:
             start = time.time()
             images, _ = rd.generate(model, poses, n, eta=0, seed=1)
-            rows[f"{n} calls, {(time.time() - start) / count:.2f} s"] = images
+            rows[f"{n} calls, {(time.time() - start) / count:.2f} s each"] = images
         rd.save_grid(out / "steps.png", rows)
 
 
@@ -143,11 +147,12 @@ def unlike(name, count, resolution):
     What belongs to the scene (light, ground, colours) is changed in both views, what belongs to
     the picture (noise, blur) in the first alone: the second is the truth.
     """
+    plain = synthetic(name, count, 2, resolution, rd.HELD_OUT, depth=False)
     scenes = random_scenes(name, count, rd.HELD_OUT)
-    poses = random_poses(name, count, 2, rd.HELD_OUT)
+    noise = torch.randn(plain.images[:, 0].shape, generator=torch.Generator().manual_seed(0))
 
     def traced(**changes):
-        images, _ = trace(replace(scenes, **changes), poses, SETS[name].focal, resolution,
+        images, _ = trace(replace(scenes, **changes), plain.poses, plain.focal, resolution,
                           depth=False)
         return replace(plain, images=images)
 
@@ -156,11 +161,8 @@ def unlike(name, count, resolution):
         images[:, 0] = change(images[:, 0]).clamp(-1, 1)
         return replace(plain, images=images)
 
-    plain = synthetic(name, count, 2, resolution, rd.HELD_OUT, depth=False)
-    noise = torch.randn(count, 3, resolution, resolution,
-                        generator=torch.Generator().manual_seed(0))
     return {"as it is": plain,
-            "a palette never seen": traced(color=scenes.color.roll(1, -1) * 0.6 + 0.3),
+            "a palette never seen": traced(color=scenes.color.roll(1, -1) * 0.6 + 0.3),     # paler
             "yellowish ground": traced(background=(0.80, 0.70, 0.45)),
             "light from another side": traced(light=(1.0, -1.0, 2.8284)),
             "noise": taken(lambda x: x + 0.4 * noise),
@@ -169,7 +171,7 @@ def unlike(name, count, resolution):
 
 
 def t_r(models, out, count=32, levels=(0, 25, 50, 100, 200, 300, 500, 700, 1000)):
-    """Novel views by t_r."""
+    """Novel views by t_r, of the first checkpoint."""
     for name, model in list(models.items())[:1]:
         curves, rows = {}, {}
         for what, views in unlike(name, count, model.config.resolution).items():
@@ -180,14 +182,16 @@ def t_r(models, out, count=32, levels=(0, 25, 50, 100, 200, 300, 500, 700, 1000)
                 model.render(some[:1], views.poses[:1, 1])[0] for some in planes),
                 views.images[:1, 1]])
         plot(out / "t_r.png", curves, "t_r", "novel view, PSNR in dB")
-        rd.save_grid(out / "t_r_pictures.png", rows)
+        labels = ["input", *(f"t_r = {level}" for level in levels), "truth"]
+        columns = torch.stack(list(rows.values()), 1)              # (labels, kinds, 3, S, S)
+        rd.save_grid(out / "t_r_pictures.png", dict(zip(labels, columns)))
         table((f"{name}, t_r", *levels), *((what, *map("{:.1f}".format, y))
                                            for what, (_, y) in curves.items()))
 
 
 def inpainting(models, out, count=32, fillings=3):
     """Holes of 40 % of the side: error, variety, and how well planes keep what was known."""
-    rows = [("set", "error in the hole", "other colour", "spread of fillings",
+    rows = [("set", "error in the hole", "other colour", f"std of {fillings} fillings",
              "known pixels, planes", "the same, nothing hidden", "novel view, dB")]
     for name, model in models.items():
         S = model.config.resolution
@@ -197,8 +201,8 @@ def inpainting(models, out, count=32, fillings=3):
         hole = (masks < 0.5).expand_as(images)
 
         def known(planes):
-            error = (model.render(planes, poses)[0] / 2 - images / 2)[~hole].square().mean()
-            return -10 * error.log10().item()
+            error = ((model.render(planes, poses)[0] - images) / 2)[~hole].view(count, -1)
+            return -10 * error.square().mean(1).log10().mean().item()
         made = [rd.inpaint(model, images, masks, poses, 20, jump_n_sample=2, seed=seed)
                 for seed in range(fillings)]
         filled = torch.stack([image for image, _ in made])                     # (F, B, 3, S, S)
