@@ -110,7 +110,7 @@ def loss(models, out, count=64):
 # ------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def samples(models, out, count=64, frames=24):
+def samples(models, out, count=64, frames=16):
     """Generated scenes of each set, eight a row, turning once round."""
     for name, model in models.items():
         S, rows = model.config.resolution, math.ceil(count / 8)
@@ -122,7 +122,7 @@ def samples(models, out, count=64, frames=24):
             frame = Image.fromarray(rd.to_bytes(shown)[0])
             pictures.append(frame.resize((16 * S, 2 * rows * S), Image.Resampling.NEAREST))
         rd.write(out / f"{name}_samples.gif", lambda file: pictures[0].save(
-            file, format="GIF", save_all=True, loop=0, duration=100, append_images=pictures[1:]))
+            file, format="GIF", save_all=True, loop=0, duration=120, append_images=pictures[1:]))
 
 
 def steps(models, out, count=8, calls=(5, 10, 15, 20, 50, 250, 1000)):
