@@ -586,6 +586,9 @@ def train(config, loss=denoising_loss):
             model.load_state_dict(state["model"])
             ema.load_state_dict(state["ema"])
             optimizer.load_state_dict(state["optimizer"])
+            if any(value.layout != torch.strided or value.shape not in ((), weight.shape)
+                   for weight, kept in optimizer.state.items() for value in kept.values()):
+                raise ValueError("its optimizer's state does not fit its weights")
             step, seconds = int(state["step"]), float(state["seconds"])
             check_range("step", step)
             check_range("seconds", seconds)

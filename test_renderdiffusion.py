@@ -2183,6 +2183,18 @@ def test_a_training_does_not_go_on_from_what_does_not_fit(where, desk, capsys):
     assert contents(desk) == before
 
 
+@pytest.mark.parametrize("spoil", [lambda x: x.to_sparse(), lambda x: x[..., None], lambda x: 3])
+def test_a_spoilt_optimizer_is_not_gone_on_with(spoil, desk, capsys):
+    path = desk / "out" / "clevr1.pt"
+    state = torch.load(path, weights_only=True)
+    kept = state["optimizer"]["state"][0]
+    kept["exp_avg"] = spoil(kept["exp_avg"])
+    torch.save(state, path)
+    before = contents(desk)
+    assert "clevr1.pt" in refused(["train", *TRAIN, "--resume", "--steps", "6"], capsys)
+    assert contents(desk) == before
+
+
 def test_a_flipped_bit_in_the_weights_is_noticed(trained, tmp_path):
     """torch.load does not look at the archive's check sums."""
     whole = trained.read_bytes()
