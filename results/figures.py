@@ -1,6 +1,6 @@
 """Remakes the pictures and tables of README.md from the checkpoints.
 
-    python results/figures.py --out results             # all of them: about an hour on two cores
+    python results/figures.py --out results             # all of them, of all checkpoints
     python results/figures.py scores --checkpoints clevr1 cars
     python results/figures.py samples t_r inpainting --scenes 16
 
