@@ -2423,16 +2423,45 @@ def test_benchmark_runs(monkeypatch, capsys):
 def test_figures_are_made(monkeypatch, tmp_path, capsys):
     figures = script(monkeypatch, "figures")
     small = dict(samples=dict(count=8, frames=2), steps=dict(count=2, calls=(1, 2)),
-                 t_r=dict(count=2, levels=(0, 20)), inpainting=dict(count=2, fillings=2))
+                 t_r=dict(count=2, levels=(0, 20)), inpainting=dict(count=2, fillings=2),
+                 generation=dict(count=32), training=dict(count=2, minutes=0.1))
     monkeypatch.setattr(figures, "FIGURES", {
         name: partial(make, **small.get(name, dict(count=2)))
         for name, make in figures.FIGURES.items()})
     figures.main(["--checkpoints", "clevr1", "--out", str(tmp_path)])
     made = {path.name: Image.open(path).size for path in tmp_path.iterdir()}
     assert set(made) == {"clevr1_samples.gif", "steps.png", "t_r.png", "t_r_pictures.png",
-                         "clevr1_inpainting.png", "loss.png"}
+                         "clevr1_inpainting.png", "loss.png", "training.png"}
     assert made["clevr1_samples.gif"] == (512, 64)
     assert capsys.readouterr().out.count("|---") > 20
+
+
+def test_judges_of_generated_scenes(monkeypatch):
+    """Each on pictures of which the right verdict is known."""
+    judge = script(monkeypatch, "judge")
+    line = torch.arange(20.0)[:, None]
+    assert judge.coverage(line, line, k=2) == 1
+    assert judge.coverage(line[:1] - 0.5, line, k=2) == pytest.approx(1 / 20)      # of 0
+    scenes, values = random_scenes("clevr1", 64, 5), judge.parameters("clevr1", 64, 5)
+    assert torch.equal(values[:, :3].argmax(1), scenes.kind[:, 0])
+    assert torch.equal(values[:, 3:6], scenes.color[:, 0])
+    assert judge.shares(torch.tensor([0, 0, 2]), 3) == ["67", "0", "33"]
+
+
+@slow
+def test_pictures_are_read_and_told_apart(monkeypatch):
+    """Of pictures not seen before most shapes and colours are read rightly, and changed ones told
+    from traced ones, but not traced ones from others."""
+    judge = script(monkeypatch, "judge")
+    _, read = judge.reader("clevr1", 16, 3072)
+    images = synthetic("clevr1", 128, 1, 16, -1, depth=False).images[:, 0]
+    truth, found = judge.parameters("clevr1", 128, -1), read(images)
+    assert (found[:, :3].argmax(1) == truth[:, :3].argmax(1)).float().mean() > 0.6
+    assert (found[:, 3:6] - truth[:, 3:6]).abs().mean() < 0.1
+    traced, others = (synthetic("clevr1", 96, 2, 16, -seed, depth=False).images.flatten(0, 1)
+                      for seed in (1, 2))
+    assert judge.told_apart(others * 0.8, traced) > 0.9             # darker: easily told
+    assert 0.3 < judge.told_apart(others, traced) < 0.7             # alike: a coin's chance
 
 
 def test_depth_is_compared_where_objects_are(monkeypatch):

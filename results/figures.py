@@ -10,12 +10,16 @@ steps       steps.png: the same noise, by network calls, with times
 t_r         t_r.png, t_r_pictures.png: novel views by t_r, for inputs like the training set and not
 inpainting  NAME_inpainting.png: fillings of a hole of 40 % of the side; how well, how varied
 loss        loss.png: mean error by t
+generation  how good generated scenes are, by networks that judge.py trains on the set itself
+training    training.png: a training from nothing, samples and novel views by the minute (half an
+            hour; of the first set)
 
 Prints Markdown tables, writes pictures to --out. Scenes are held out: trainings use other seeds.
 """
 import argparse
 import math
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +31,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import renderdiffusion as rd
+from judge import judge
 from data import SETS, camera_rays, random_scenes, synthetic, trace
 
 
@@ -125,7 +130,7 @@ def samples(models, out, count=64, frames=16):
             file, format="GIF", save_all=True, loop=0, duration=120, append_images=pictures[1:]))
 
 
-def steps(models, out, count=8, calls=(5, 10, 15, 20, 50, 250, 1000)):
+def steps(models, out, count=8, calls=(10, 15, 20, 25, 50, 250, 1000)):
     """The same noise denoised by more and more network calls, by the first checkpoint."""
     for model in list(models.values())[:1]:
         rows, poses = {}, rd.turn_poses(model, 0, count)
@@ -222,7 +227,42 @@ def inpainting(models, out, count=32, fillings=3):
     table(*rows)
 
 
-FIGURES = {f.__name__: f for f in (scores, samples, steps, t_r, inpainting, loss)}
+def generation(models, out, count=256):
+    """Frechet distance, coverage, consistency, and whether generated pictures can be told apart."""
+    rows, kinds = judge(models, count)
+    print(f"{count} scenes each, two pictures of each")
+    table(*rows)
+    if len(kinds) > 1:
+        table(*kinds)
+
+
+def training(models, out, count=64, minutes=30.0):
+    """Train on the first set from nothing: samples and held-out PSNR after 1, 2, 5, ... minutes."""
+    name, rows, scored = next(iter(models)), {}, []
+    marks = [mark for mark in (1, 2, 5, 10, 20, 30, 60) if mark <= minutes] or [minutes]
+
+    def look(model, mark):
+        views = synthetic(name, count, 3, model.config.resolution, rd.HELD_OUT, depth=False)
+        scored.append([rd.evaluate(model, views)[view]["psnr"] for view in ("input", "novel")])
+        poses = rd.turn_poses(model, 0, 8)
+        rows[f"{mark:g} min, {scored[-1][1]:.1f} dB"], _ = rd.generate(model, poses, 20, eta=0.0)
+
+    def watched(model, ema, x0, poses, progress, *rest):
+        if len(scored) < len(marks) and progress * minutes >= marks[len(scored)]:
+            look(ema, marks[len(scored)])
+        return rd.denoising_loss(model, ema, x0, poses, progress, *rest)
+    with tempfile.TemporaryDirectory() as folder:
+        model = rd.train(rd.Config(data=name, minutes=minutes, out=folder), watched)
+    if len(scored) < len(marks):
+        look(model, marks[-1])
+    rd.save_grid(out / "training.png", rows)
+    table(("minutes", *map("{:g}".format, marks)), *(
+        (what, *map("{:.1f}".format, values))
+        for what, values in zip(("input view, dB", "novel views, dB"), zip(*scored))))
+
+
+FIGURES = {f.__name__: f for f in (scores, samples, steps, t_r, inpainting, loss, generation,
+                                   training)}
 
 
 def main(argv=None):
