@@ -1,6 +1,6 @@
 """Remakes the pictures and tables of README.md from the checkpoints.
 
-    python results/figures.py --out results             # all of them, of all checkpoints
+    python results/figures.py --out results             # all of them: more than an hour
     python results/figures.py scores --checkpoints clevr1 cars
     python results/figures.py samples t_r inpainting --scenes 16
 
@@ -11,8 +11,7 @@ t_r         t_r.png, t_r_pictures.png: novel views by t_r, for inputs like the t
 inpainting  NAME_inpainting.png: fillings of a hole of 40 % of the side; how well, how varied
 loss        loss.png: mean error by t
 generation  how good generated scenes are, by networks that judge.py trains on the set itself
-training    training.png: a training from nothing, samples and novel views by the minute (half an
-            hour; of the first set)
+training    training.png: samples and novel views during half an hour's training from nothing
 
 Prints Markdown tables, writes pictures to --out. Scenes are held out: trainings use other seeds.
 """
@@ -150,10 +149,11 @@ def unlike(name, count, resolution):
     """`Views` of the same held-out scenes, two views each, as they are and changed.
 
     What belongs to the scene (light, ground, colours) is changed in both views, what belongs to
-    the picture (noise, blur) in the first alone: the second is the truth.
+    the picture (noise, stripes, blur) in the first alone: the second is the truth.
     """
     plain = synthetic(name, count, 2, resolution, rd.HELD_OUT, depth=False)
     scenes = random_scenes(name, count, rd.HELD_OUT)
+    stripes = torch.where(torch.arange(resolution) % 4 < 2, -1.0, 1.0)     # two pixels wide each
     noise = torch.randn(plain.images[:, 0].shape, generator=torch.Generator().manual_seed(0))
 
     def traced(**changes):
@@ -171,6 +171,7 @@ def unlike(name, count, resolution):
             "yellowish ground": traced(background=(0.80, 0.70, 0.45)),
             "light from another side": traced(light=(1.0, -1.0, 2.8284)),
             "noise": taken(lambda x: x + 0.4 * noise),
+            "stripes": taken(lambda x: x + 0.3 * stripes),
             "blur": taken(lambda x: F.interpolate(F.avg_pool2d(x, 4), x.shape[2:],
                                                   mode="bilinear"))}
 
@@ -227,38 +228,37 @@ def inpainting(models, out, count=32, fillings=3):
     table(*rows)
 
 
-def generation(models, out, count=256):
-    """Frechet distance, coverage, consistency, and whether generated pictures can be told apart."""
-    rows, kinds = judge(models, count)
-    print(f"{count} scenes each, two pictures of each")
+def generation(models, out, count=256, readable=8192):
+    """How good generated scenes are: `judge`'s tables."""
+    rows, kinds = judge(models, count, readable)
+    print(f"{count} scenes of each kind, two pictures of each; told: 50 % is chance, +- "
+          f"{100 * math.sqrt(0.5 / count):.0f} %")
     table(*rows)
     if len(kinds) > 1:
         table(*kinds)
 
 
-def training(models, out, count=64, minutes=30.0):
-    """Train on the first set from nothing: samples and held-out PSNR after 1, 2, 5, ... minutes."""
-    name, rows, scored = next(iter(models)), {}, []
-    marks = [mark for mark in (1, 2, 5, 10, 20, 30, 60) if mark <= minutes] or [minutes]
+def training(models, out, count=64, minutes=30.0, marks=(1, 2, 5, 10, 20)):
+    """One training of the first set from nothing, looked at after some minutes (its clock runs on
+    meanwhile, some seconds) and at its end, where the learning rate has fallen."""
+    name, rows, scored = next(iter(models)), {}, [("minutes", "input view, dB", "novel views, dB")]
+    marks = [mark for mark in marks if mark < minutes]
+    views = synthetic(name, count, 3, 32, rd.HELD_OUT, depth=False)
 
     def look(model, mark):
-        views = synthetic(name, count, 3, model.config.resolution, rd.HELD_OUT, depth=False)
-        scored.append([rd.evaluate(model, views)[view]["psnr"] for view in ("input", "novel")])
-        poses = rd.turn_poses(model, 0, 8)
-        rows[f"{mark:g} min, {scored[-1][1]:.1f} dB"], _ = rd.generate(model, poses, 20, eta=0.0)
+        scores = rd.evaluate(model, views)
+        scored.append((f"{mark:g}", *(f"{scores[key]['psnr']:.1f}" for key in ("input", "novel"))))
+        rows[f"{mark:g} min"], _ = rd.generate(model, rd.turn_poses(model, 0, 8), 20, eta=0.0)
 
     def watched(model, ema, x0, poses, progress, *rest):
-        if len(scored) < len(marks) and progress * minutes >= marks[len(scored)]:
-            look(ema, marks[len(scored)])
+        if marks and progress * minutes >= marks[0]:
+            look(ema, marks.pop(0))
         return rd.denoising_loss(model, ema, x0, poses, progress, *rest)
     with tempfile.TemporaryDirectory() as folder:
-        model = rd.train(rd.Config(data=name, minutes=minutes, out=folder), watched)
-    if len(scored) < len(marks):
-        look(model, marks[-1])
+        look(rd.train(rd.Config(data=name, minutes=minutes, out=folder, device="cpu"), watched),
+             minutes)
     rd.save_grid(out / "training.png", rows)
-    table(("minutes", *map("{:g}".format, marks)), *(
-        (what, *map("{:.1f}".format, values))
-        for what, values in zip(("input view, dB", "novel views, dB"), zip(*scored))))
+    table(*zip(*scored))
 
 
 FIGURES = {f.__name__: f for f in (scores, samples, steps, t_r, inpainting, loss, generation,
