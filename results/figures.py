@@ -1,6 +1,6 @@
 """Remakes the pictures and tables of README.md from the checkpoints.
 
-    python results/figures.py --out results             # all of them: more than an hour
+    python results/figures.py --out results             # all of them (training: 30 minutes)
     python results/figures.py scores --checkpoints clevr1 cars
     python results/figures.py samples t_r inpainting --scenes 16
 
@@ -271,13 +271,16 @@ def main(argv=None):
     parser.add_argument("what", nargs="*", metavar="FIGURE", help=", ".join(FIGURES))
     parser.add_argument("--checkpoints", nargs="+", metavar="NAME", help="in checkpoints/",
                         default=[name for name in SETS if (rd.SHIPPED / f"{name}.pt").is_file()])
-    parser.add_argument("--scenes", type=int, help="how many; default: each figure's own number")
+    parser.add_argument("--scenes", type=int, help="how many, 64 at least for generation; "
+                        "default: each figure's own number")
     parser.add_argument("--out", type=Path, default="out", help="folder for the pictures")
     args = parser.parse_args(argv)
     if unknown := set(args.what) - set(FIGURES):
         parser.error(f"there is no {', '.join(sorted(unknown))}; choose from {', '.join(FIGURES)}")
     if unknown := set(args.checkpoints) - set(SETS):
         parser.error(f"there is no set {', '.join(sorted(unknown))}: name shipped checkpoints")
+    if args.scenes and args.scenes < 64 and "generation" in (args.what or FIGURES):
+        parser.error(f"--scenes {args.scenes} is too few to judge generated scenes: 64 at least")
     models = {name: rd.load_checkpoint(name) for name in args.checkpoints}
     for name in args.what or FIGURES:
         FIGURES[name](models, args.out, *([args.scenes] if args.scenes else []))

@@ -5,7 +5,7 @@
 
 Three kinds of pictures are judged, two sides of each scene, against traced pictures of other
 scenes: traced ones, which is what a perfect generator would make; reconstructions of these, which
-look as this renderer draws, so what they lack sampling is not to blame for; and generated ones.
+look as this renderer draws, so that sampling is not blamed for it; and generated ones.
 """
 import sys
 from pathlib import Path
