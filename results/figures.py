@@ -1,6 +1,6 @@
 """Remakes the pictures and tables of README.md from the checkpoints.
 
-    python results/figures.py --out results             # all of them (training: 30 minutes)
+    python results/figures.py --out results             # all of them: long
     python results/figures.py scores --checkpoints clevr1 cars
     python results/figures.py samples t_r inpainting --scenes 16
 
@@ -11,7 +11,7 @@ t_r         t_r.png, t_r_pictures.png: novel views by t_r, for inputs like the t
 inpainting  NAME_inpainting.png: fillings of a hole of 40 % of the side; how well, how varied
 loss        loss.png: mean error by t
 generation  how good generated scenes are, by networks that judge.py trains on the set itself
-training    training.png: samples and novel views during half an hour's training from nothing
+training    training.png: samples and novel views during eight minutes' training from nothing
 
 Prints Markdown tables, writes pictures to --out. Scenes are held out: trainings use other seeds.
 """
@@ -238,7 +238,7 @@ def generation(models, out, count=256, readable=8192):
         table(*kinds)
 
 
-def training(models, out, count=64, minutes=30.0, marks=(1, 2, 5, 10, 20)):
+def training(models, out, count=64, minutes=8.0, marks=(1, 2, 5, 10, 20)):
     """One training of the first set from nothing, looked at after some minutes (its clock runs on
     meanwhile, some seconds) and at its end, where the learning rate has fallen."""
     name, rows, scored = next(iter(models)), {}, [("minutes", "input view, dB", "novel views, dB")]
