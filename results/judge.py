@@ -108,7 +108,7 @@ def train_reader(name, resolution, count):
 # ------------------------------------------------------------------------------------------------
 
 def told_apart(images, others):
-    """How many pictures a network of the same build puts on the right side, of those held out.
+    """The share of held-out pictures that a network of the same build puts on the right side.
 
     Both (2N, 3, S, S), the two sides of a scene next to each other; the first three quarters of the
     scenes teach it. A better network might tell more: this is what can be told at least.
