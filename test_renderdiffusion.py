@@ -2442,7 +2442,7 @@ def test_judges_of_generated_scenes(monkeypatch):
     judge = script(monkeypatch, "judge")
     line = torch.arange(20.0)[:, None]
     assert judge.coverage(line, line, k=2) == 1
-    assert judge.coverage(line[:1] - 0.5, line, k=2) == pytest.approx(1 / 20)   # near point 0 alone
+    assert judge.coverage(line[:1] - 1.5, line, k=2) == pytest.approx(1 / 20)   # near point 0 alone
     scenes, values = random_scenes("clevr1", 64, 5), judge.parameters("clevr1", 64, 5)
     assert torch.equal(values[:, :3].argmax(1), scenes.kind[:, 0])
     assert torch.equal(values[:, 3:6], scenes.color[:, 0])
