@@ -75,6 +75,7 @@ class Config:
     plane_channels: int = 16    # triplane features C
     unet_channels: int = 48     # channels at S / 2, a multiple of 16; up to four times that below
     mlp_hidden: int = 64        # width of the MLP's two hidden layers
+    fold: int = 4               # objects' turns are sought up to 360 / fold degrees; 0: not (paper)
     samples: int = 16           # stratified samples a ray
     fine_samples: int = 16      # importance samples where those saw matter; not in training
     # diffusion
@@ -125,10 +126,10 @@ LIMITS = {      # of a field or an option; from 0 to a billion where it is not h
     "views": (1, 1e9), "resolution": (16, 256), "focal": (1e-3, 1e3), "background": (-1, 1),
     "radius": (1e-3, 1e3), "elevation": (-90, 90), "azimuth": (-360, 360), "plane_size": (16, 512),
     "plane_channels": (1, 1024), "unet_channels": (16, 1024), "mlp_hidden": (1, 4096),
-    "samples": (1, 4096), "timesteps": (1, 1e6), "clean": (0, 0.99), "other_side": (0, 1),
-    "other_side_from": (0, 1), "batch": (1, 1e6), "rays": (1, 65536), "empty_rays": (1e-3, 1),
-    "steps": (1, 1e9), "lr": (1e-9, 10), "ema": (0, 0.99999), "count": (1, 1000), "eta": (0, 1),
-    "fillings": (1, 100)}
+    "fold": (0, 64), "samples": (1, 4096), "timesteps": (1, 1e6), "clean": (0, 0.99),
+    "other_side": (0, 1), "other_side_from": (0, 1), "batch": (1, 1e6), "rays": (1, 65536),
+    "empty_rays": (1e-3, 1), "steps": (1, 1e9), "lr": (1e-9, 10), "ema": (0, 0.99999),
+    "count": (1, 1000), "eta": (0, 1), "fillings": (1, 100)}
 
 
 def check_range(name, value):
@@ -220,11 +221,42 @@ class Block(nn.Module):
         return x
 
 
+def multiply_angle(z, count):
+    """(cos, sin) of an angle (B, 2) -> of `count` times it; a shorter vector's length ** count."""
+    (c, s), out = z.unbind(1), z
+    for _ in range(count - 1):
+        (a, b) = out.unbind(1)
+        out = torch.stack([a * c - b * s, a * s + b * c], dim=1)
+    return out
+
+
+class Compass(nn.Module):
+    """Estimates the azimuth of a picture's camera: x_t (B, 3, S, S) -> its cosine and sine (B, 2),
+    a vector the shorter, the less the picture tells.
+    """
+
+    def __init__(self, S):
+        super().__init__()
+        widths = [3, *(min(32 << i, 128) for i in range(int(math.log2(S)) - 2))]
+        self.layers = nn.Sequential(*(layer for a, b in zip(widths, widths[1:]) for layer in (
+            nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU())),
+            nn.Flatten(), nn.Linear(16 * widths[-1], 2))                       # from 4 x 4
+
+    def forward(self, x_t):
+        return self.layers(x_t).float()
+
+
 class UNet(nn.Module):
     """The encoder e: x_t (B, 3, S, S), t (B,) -> planes (B, 3C, N, N). It is not told the camera.
 
     From S / 2 down to 4 x 4, up again to N / 2 with skips, added, and the last doubling without:
     a plane's texel lies in the world, a pixel before the camera, so there is nothing to copy.
+
+    A picture shows how an object is turned against the camera, planes show how it is turned in the
+    world: the sum of two angles, of which a network must multiply sines and cosines. It hardly finds
+    that by itself. So the azimuth is estimated, and scales and shifts the stages upwards as t does:
+    not the azimuth itself but `fold` times it, which tells a box's turn and no more. Who knows where
+    the camera is can draw a relief that is right from there alone (README.md, "What matters").
     """
 
     def __init__(self, config):
@@ -247,6 +279,9 @@ class UNet(nn.Module):
         self.shrink = nn.ModuleList(nn.Conv2d(width(2 * side), width(side), 3, stride=2, padding=1)
                                     for side in down[1:])
         self.middle = block(4)
+        self.fold = config.fold
+        if self.fold:
+            self.compass, self.turn = Compass(S), nn.Linear(2, 4 * base)
         self.up = nn.ModuleList(block(side) for side in up)
         self.grow = nn.ModuleList(nn.Conv2d(width(side // 2), width(side), 1) for side in up[1:])
         self.out = nn.Sequential(nn.GroupNorm(8, width(N // 2)), nn.SiLU(), nn.Conv2d(
@@ -260,6 +295,9 @@ class UNet(nn.Module):
         for i, block in enumerate(self.down):
             h = skips[h.shape[-1]] = block(self.shrink[i - 1](h) if i else h, emb)
         h = self.middle(h, emb)                                                # (B, 4 base, 4, 4)
+        if self.fold:
+            self.facing = self.compass(x_t)                                    # (B, 2)
+            emb = emb + self.turn(multiply_angle(self.facing.detach(), self.fold))
         for i, block in enumerate(self.up):
             if i:
                 h = F.interpolate(self.grow[i - 1](h), scale_factor=2)
@@ -467,7 +505,7 @@ AHEAD = {"cuda": 64}                # steps' scenes traced at once: tracing wait
 HELD_OUT = -1                       # the seed of scenes that training, which refuses it, never sees
 
 
-def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1):
+def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1, seen=None):
     """One step's loss on images x0 (B, 3, S, S) seen from poses (B, 4, 4), at random t and pixels.
 
     The paper's scheme: noise the picture, encode it, render it again from its own camera. Later
@@ -487,13 +525,14 @@ def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1):
     u = (torch.randperm(world * B, device=device)[mine] + draw()) / (world * B)
     noisy = 1 + ((u - config.clean) / (1 - config.clean) * config.timesteps).long()
     t = torch.where(u < config.clean, 0, noisy.clamp(1, config.timesteps))
-    source, share = x0, config.other_side
+    (source, seen_from), share = seen or (x0, poses), config.other_side
     chosen = [i for i in range(B) if int((i + 1) * share) > int(i * share)]
     if chosen and progress >= config.other_side_from:
         with torch.no_grad():
-            other, _, _ = ema.render(ema.encode(x0[chosen], 0), poses.roll(1, dims=0)[chosen])
-        source = x0.clone()
-        source[chosen] = other
+            others = poses.roll(1, dims=0)[chosen]
+            shown, _, _ = ema.render(ema.encode(x0[chosen], 0), others)
+        source, seen_from = source.clone(), seen_from.clone()
+        source[chosen], seen_from[chosen] = shown, others
     noise = torch.randn(world * B, *x0.shape[1:], device=device)[mine]
     x_t = ema.schedule.add_noise(source, t, noise)
     # Mere background is soon learnt: its pixels have weight `empty_rays` in the draw, all others
@@ -505,7 +544,11 @@ def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1):
     jitter = draw(pixels.shape[1], config.samples)
     x0_hat = model(x_t, t, poses, pixels, jitter)                              # (B, n, 3)
     target = x0.flatten(2).mT.gather(1, pixels[..., None].expand(-1, -1, 3))
-    return F.l1_loss(x0_hat, target) if config.loss == "l1" else F.mse_loss(x0_hat, target)
+    loss = F.l1_loss(x0_hat, target) if config.loss == "l1" else F.mse_loss(x0_hat, target)
+    if config.fold:                 # teaches the compass alone
+        facing = getattr(model, "module", model).unet.facing    # `module`: what is parallel, if so
+        loss = loss + 0.1 * F.mse_loss(facing, F.normalize(seen_from[:, :2, 3], dim=1))
+    return loss
 
 
 def training_pictures(config, device, rank, world):

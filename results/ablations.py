@@ -34,6 +34,7 @@ def min_snr(model, ema, *rest):
         weight = (alpha_bar / (1 - alpha_bar)).clamp(max=5)
         x0_hat.register_hook(lambda gradient: gradient * weight / weight.mean())
         return x0_hat
+    weighted.unet = model.unet
     return rd.denoising_loss(weighted, ema, *rest)
 
 
@@ -42,12 +43,9 @@ def two_views(model, ema, x0, poses, progress, rank=0, world=1):
     config, B = ema.config, len(x0)
     views = synthetic(config.data, B, 2, config.resolution, config.seed + 1, x0.device,
                       start=torch.randint(2 ** 30, ()).item(), depth=False)
-    seen, target = views.images[:, 0], torch.randperm(B) % 2
-
-    def elsewhere(x_t, t, *more):
-        return model(ema.schedule.add_noise(seen, t, torch.randn_like(seen)), t, *more)
-    pick = torch.arange(B), target
-    return rd.denoising_loss(elsewhere, ema, views.images[pick], views.poses[pick], progress)
+    pick = torch.arange(B), torch.randperm(B) % 2
+    return rd.denoising_loss(model, ema, views.images[pick], views.poses[pick], progress,
+                             seen=(views.images[:, 0], views.poses[:, 0]))
 
 
 def front(config, device="cpu"):
