@@ -75,7 +75,7 @@ class Config:
     plane_channels: int = 16    # triplane features C
     unet_channels: int = 48     # channels at S / 2, a multiple of 16; up to four times that below
     mlp_hidden: int = 64        # width of the MLP's two hidden layers
-    fold: int = 4               # objects' turns are sought up to 360 / fold degrees; 0: not (paper)
+    fold: int = 4               # planes are told this times the estimated azimuth; 0: the paper's
     samples: int = 16           # stratified samples a ray
     fine_samples: int = 16      # importance samples where those saw matter; not in training
     # diffusion
@@ -252,11 +252,12 @@ class UNet(nn.Module):
     From S / 2 down to 4 x 4, up again to N / 2 with skips, added, and the last doubling without:
     a plane's texel lies in the world, a pixel before the camera, so there is nothing to copy.
 
-    A picture shows how an object is turned against the camera, planes show how it is turned in the
-    world: the sum of two angles, of which a network must multiply sines and cosines. It hardly finds
-    that by itself. So the azimuth is estimated, and scales and shifts the stages upwards as t does:
-    not the azimuth itself but `fold` times it, which tells a box's turn and no more. Who knows where
-    the camera is can draw a relief that is right from there alone (README.md, "What matters").
+    A picture shows how an object is turned against the camera, planes how it is turned in the
+    world: the sum of that and the camera's azimuth, whose cosine is made of products, which a
+    network hardly finds. So the azimuth is estimated, and scales and shifts the stages on the way
+    up, as t does; not the azimuth itself but `fold` times it, which tells how a box is turned and
+    not front from back: an encoder that knows where its camera is draws reliefs that are right
+    from there alone (README.md, "What matters").
     """
 
     def __init__(self, config):

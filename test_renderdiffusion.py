@@ -2478,7 +2478,7 @@ def test_benchmark_runs(monkeypatch, capsys):
 @slow
 def test_figures_are_made(monkeypatch, tmp_path, capsys):
     figures = script(monkeypatch, "figures")
-    small = dict(samples=dict(count=8, frames=2), steps=dict(count=2, calls=(1, 2)),
+    small = dict(samples=dict(count=8, frames=2), shapes=dict(count=24), steps=dict(count=2, calls=(1, 2)),
                  t_r=dict(count=2, levels=(0, 20)), inpainting=dict(count=2, fillings=2),
                  generation=dict(count=64, readable=256),
                  training=dict(count=2, minutes=0.1, marks=(0.05,)))
@@ -2491,6 +2491,29 @@ def test_figures_are_made(monkeypatch, tmp_path, capsys):
                          "clevr1_inpainting.png", "loss.png", "training.png"}
     assert made["clevr1_samples.gif"] == (512, 64)
     assert capsys.readouterr().out.count("|---") > 20
+
+
+def test_turns_of_cubes_are_told_from_discs(monkeypatch):
+    figures = script(monkeypatch, "figures")
+    scenes = random_scenes("clevr1", 400, 5)
+    chosen = scenes.kind[:, 0] == BOX
+    scenes = replace(scenes, to_world=scenes.to_world[chosen])
+    inverse = torch.linalg.inv(torch.cat([scenes.to_world[:, 0], torch.tensor(
+        [[[0, 0, 0, 1.0]]]).expand(int(chosen.sum()), 1, 4)], 1))              # (N, 4, 4)
+
+    def correlation(turn, is_disc=False):
+        """Of cubes that stand turned by `turn` degrees too far, or of cylinders."""
+        c, s = math.cos(math.radians(turn)), math.sin(math.radians(turn))
+
+        def mlp(points, features):
+            local = points @ inverse[:, :3, :3].mT + inverse[:, None, :3, 3]
+            local = local[..., :2] @ torch.tensor([[c, -s], [s, c]])
+            size = local.norm(dim=-1) if is_disc else local.abs().amax(-1)
+            return 1e3 * (size < 1), None
+        return figures.turn_correlation(SimpleNamespace(mlp=mlp), torch.zeros(len(inverse), 3, 4,
+                                                                              16, 16), scenes)
+    assert correlation(0) > 0.99 and correlation(90) > 0.99
+    assert abs(correlation(0, is_disc=True)) < 0.01 and correlation(45) < -0.3
 
 
 def test_judges_of_generated_scenes(monkeypatch):
@@ -2560,7 +2583,8 @@ def test_ablations_change_what_they_say(monkeypatch, tmp_path):
     attention = {name: {block.attention for block in model.modules() if isinstance(block, rd.Block)}
                  for name, (model, _) in seen.items()}
     assert attention["attention"] == {True} and attention["no_attention"] == {False}
-    assert all(torch.equal(poses, plain) for name, (_, poses) in seen.items() if name != "billboard")
+    assert all(torch.equal(poses, plain) for name, (_, poses) in seen.items()
+               if name != "billboard")
     model, poses = seen["billboard"]                # all from the front, the others relative to it
     assert torch.allclose(poses[:, 0], ablations.front(model.config).expand(2, 4, 4), atol=1e-6)
     moves = [torch.linalg.inv(x[:, :1]) @ x for x in (plain, poses)]

@@ -5,6 +5,7 @@
     python results/figures.py samples t_r inpainting --scenes 16
 
 scores      novel views and depth on held-out scenes, beside what needs no 3D
+shapes      clevr1 by shape, and how far cubes are turned as they should be
 samples     NAME_samples.gif: 64 generated scenes, turning
 steps       steps.png: the same noise, by network calls, with times
 t_r         t_r.png, t_r_pictures.png: novel views by t_r, for inputs like the training set and not
@@ -31,7 +32,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import renderdiffusion as rd
 from judge import judge
-from data import SETS, camera_rays, random_scenes, synthetic, trace
+from data import CLEVR_SHAPES, SETS, camera_rays, random_scenes, synthetic, trace
 
 
 def table(*rows):
@@ -90,6 +91,48 @@ def scores(models, out, count=256):
         depths = map("{:.3f}".format, depth_error(model, views[:min(count, 64)]))
         rows.append((name, found[0], f"**{novel}**", mean, copied, *depths))
     print(f"PSNR in dB / SSIM, {count} held-out scenes x 4 novel views; depth in world units")
+    table(*rows)
+
+
+@torch.no_grad()
+def turn_correlation(model, planes, scenes, height=-0.2):
+    """How far planes (N, ...) of `Scenes` of one cube show its turn, from 0 (discs) to 1.
+
+    The correlation of predicted with true occupancy on a level grid through the cubes, each less
+    its mean over the cubes of that size: what is left is what their turns make of it.
+    """
+    x, y = torch.meshgrid(torch.linspace(-0.6, 0.6, 33), torch.linspace(-0.6, 0.6, 33),
+                          indexing="ij")
+    points = torch.stack([x, y, torch.full_like(x, height)], dim=-1).view(1, -1, 3)
+    matrix = scenes.to_world[:, 0]                                             # (N, 3, 4)
+    inside = torch.linalg.solve(matrix[..., :3], (points - matrix[:, None, :, 3]).mT).abs().amax(1)
+    points = points.expand(len(planes), -1, 3)
+    density, _ = model.mlp(points, rd.sample_triplanes(planes, points))
+    found, true = 1 - torch.exp(-0.1 * density), (inside < 1).float()          # (N, P)
+    large = matrix[..., 0].norm(dim=1) > 0.28
+    found, true = (torch.cat([some[size] - some[size].mean(0) for size in (large, ~large)])
+                   for some in (found, true))
+    return F.cosine_similarity(found.flatten(), true.flatten(), dim=0).item()
+
+
+@torch.no_grad()
+def shapes(models, out, count=288):
+    """Mean PSNR of the input and two novel views of each of clevr1's shapes."""
+    if "clevr1" not in models:
+        return
+    model, rows = models["clevr1"], [("clevr1", "scenes", "input view, dB", "novel views, dB")]
+    views = synthetic("clevr1", count, 3, model.config.resolution, rd.HELD_OUT, depth=False)
+    scenes = random_scenes("clevr1", count, rd.HELD_OUT)
+    for kind, name in enumerate(CLEVR_SHAPES):
+        chosen = (scenes.kind[:, 0] == kind).nonzero()[:, 0]
+        some = views[chosen]
+        planes = rd.reconstruct(model, some.images[:, 0])
+        novel = (compare(model, planes, some, 1) + compare(model, planes, some, 2)) / 2
+        rows.append((name, len(chosen), f"{compare(model, planes, some, 0):.1f}", f"{novel:.1f}"))
+        if name == "cube":
+            cubes = replace(scenes, to_world=scenes.to_world[chosen])
+            turn = turn_correlation(model, planes, cubes)
+            print(f"correlation with the cubes' turns: {turn:.2f}")
     table(*rows)
 
 
@@ -261,8 +304,8 @@ def training(models, out, count=64, minutes=8.0, marks=(1, 2, 5, 10, 20)):
     table(*zip(*scored))
 
 
-FIGURES = {f.__name__: f for f in (scores, samples, steps, t_r, inpainting, loss, generation,
-                                   training)}
+FIGURES = {f.__name__: f for f in (scores, shapes, samples, steps, t_r, inpainting, loss,
+                                   generation, training)}
 
 
 def main(argv=None):
