@@ -2478,7 +2478,8 @@ def test_benchmark_runs(monkeypatch, capsys):
 @slow
 def test_figures_are_made(monkeypatch, tmp_path, capsys):
     figures = script(monkeypatch, "figures")
-    small = dict(samples=dict(count=8, frames=2), shapes=dict(count=24), steps=dict(count=2, calls=(1, 2)),
+    small = dict(samples=dict(count=8, frames=2), shapes=dict(count=24),
+                 steps=dict(count=2, calls=(1, 2)),
                  t_r=dict(count=2, levels=(0, 20)), inpainting=dict(count=2, fillings=2),
                  generation=dict(count=64, readable=256),
                  training=dict(count=2, minutes=0.1, marks=(0.05,)))
