@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -365,18 +365,18 @@ CLEVR_COLORS = [[c / 255 for c in color] for color in (
     (129, 74, 25), (129, 38, 192), (41, 208, 208), (255, 238, 51))]     # brown purple cyan yellow
 
 
-def clevr_object(parts, draw, x, y, r, ground, present=True):
+def clevr_object(parts, draw, x, y, r, ground, present=True, kinds=(SPHERE, BOX, CYLINDER)):
     """One of CLEVR's objects of size r (N,): any shape, colour, material and turn about z."""
-    kind, color, metal = draw.pick(3), draw.row(CLEVR_COLORS), draw.pick(2)
+    kind, color, metal = draw.row(kinds), draw.row(CLEVR_COLORS), draw.pick(2)
     turn = draw(-math.pi, math.pi)
     half = torch.where(kind == BOX, r / math.sqrt(2), r)
     parts.add(kind, (x, y, ground + half), (half, half, half), color, present, 0.35 * metal,
               x=(turn.cos(), turn.sin(), 0), y=(-turn.sin(), turn.cos(), 0))
 
 
-def build_clevr1(parts, draw, ground):
+def build_clevr1(parts, draw, ground, **kinds):
     """One object in the middle."""
-    clevr_object(parts, draw, 0, 0, torch.where(draw() < 0.5, 0.35, 0.44), ground)
+    clevr_object(parts, draw, 0, 0, torch.where(draw() < 0.5, 0.35, 0.44), ground, **kinds)
 
 
 def build_clevr(parts, draw, ground):
@@ -551,8 +551,9 @@ class BuiltIn:
     focal: float = 1.6          # in image widths
 
 
-SETS = {
+SETS = {     # cubes are clevr1's hardest shape alone, for experiments
     "clevr1": BuiltIn(build_clevr1, -0.45, (0.75, 0.75, 0.75), (20, 50), 2.7),
+    "cubes": BuiltIn(partial(build_clevr1, kinds=(BOX,)), -0.45, (0.75, 0.75, 0.75), (20, 50), 2.7),
     "clevr": BuiltIn(build_clevr, -0.30, (0.75, 0.75, 0.75), (20, 50), 2.9),
     "cars": BuiltIn(build_cars, -0.32, (0.82, 0.82, 0.82), (15, 45), 2.9),
     "chairs": BuiltIn(build_chairs, -0.70, (0.43, 0.17, 0.18), (15, 45), 3.1),

@@ -362,6 +362,15 @@ def test_objects_and_shadows_are_inside_the_cube(name):
         assert len(points) == 0 or points[..., 2].min() > scenes.ground - 0.02
 
 
+def test_cubes_are_the_cubes_of_clevr1():
+    """The same scenes, but for their shape: colours, places and turns are drawn alike."""
+    cubes, any_shape = (random_scenes(name, 500) for name in ("cubes", "clevr1"))
+    assert (cubes.kind == BOX).all()
+    same = any_shape.kind[:, 0] == BOX
+    assert 100 < same.sum() < 250 and torch.equal(cubes.color, any_shape.color)
+    assert torch.equal(cubes.to_world[same], any_shape.to_world[same])
+
+
 @pytest.mark.parametrize("name", list(SETS))
 def test_cameras_are_where_the_set_says(name):
     about, center = SETS[name], random_poses(name, 2000)[:, 0, :3, 3]
