@@ -83,7 +83,7 @@ class Config:
     schedule: str = "cosine"    # cosine or linear
     loss: str = "l1"            # l1 or l2
     clean: float = 0.2          # share of examples at t = 0, from which reconstruction starts
-    other_side: float = 0.0     # share of examples encoded from another side; 0: the paper's scheme
+    other_side: float = 0.5     # share of examples encoded from another side; 0: the paper's scheme
     other_side_from: float = 0.4    # from this part of the training on
     # training
     batch: int = 16             # images a step and process

@@ -1053,7 +1053,7 @@ def test_subset_recipe(srn, tmp_path, monkeypatch, top):
 # renderdiffusion.py: small models, and what stands in for their parts ---------------------------
 
 TINY = dict(resolution=16, plane_size=16, plane_channels=4, unet_channels=16, mlp_hidden=16,
-            samples=8, batch=4, rays=64, steps=4, device="cpu")
+            samples=8, batch=4, rays=64, steps=4, other_side=0.0, device="cpu")
 PAIR = orbit(torch.tensor([10.0, 130.0]), torch.tensor([25.0, 45.0]), 2.7)         # two cameras
 
 

@@ -1,4 +1,5 @@
 """What matters: short trainings of equal time that differ from the plain one in one thing each.
+Plain is the paper's scheme: no compass (`fold=0`), no other side.
 
     python results/ablations.py --minutes 6                     # all of them, one after the other
     python results/ablations.py --only plain l2 --data cars
@@ -107,6 +108,8 @@ RUNS = {    # what it is, fields of Config, loss, what of the module is another 
                   "three times as long", {}, two_views, {}),
     "fold": ("the azimuth is estimated and fourfold told to the planes (`--fold 4`)", dict(fold=4),
              rd.denoising_loss, {}),
+    "default": ("the same, later half of the examples from the other side: the defaults",
+                dict(fold=4, other_side=0.5), rd.denoising_loss, {}),
     "relief": ("the azimuth itself is told to them (`--fold 1`)", dict(fold=1),
                rd.denoising_loss, {}),
 }
@@ -154,7 +157,8 @@ def main():
     rows = []
     for name in args.only:
         with tempfile.TemporaryDirectory() as out:
-            config = rd.Config(data=args.data, minutes=args.minutes, fold=0, out=out)
+            config = rd.Config(data=args.data, minutes=args.minutes, fold=0, other_side=0.0,
+                               out=out)
             rows.append(run(name, config))
         print(rows[-1], flush=True)
     print("\n".join(["", f"| {args.data}, {args.minutes:g} minutes each | steps | input view, dB | "
