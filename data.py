@@ -162,18 +162,12 @@ def nearby_pixels(corners, poses, focal, side):
     """
     relative = corners - poses[:, :3, 3].T[:, None]
     x, y, z = ((poses[:, :3, i].T[:, None] * relative).sum(0) for i in range(3))  # (8, M) each
-    behind = (z < 1e-3).any(0)                          # partly behind the camera: every pixel
-    edges = []
-    for along in (x, y):
-        pixel = ((along / z * focal + 0.5) * side).clamp(-1, side + 1)
-        edges.append(torch.where(behind, 0, pixel.amin(0).floor().long() - 1).clamp(0, side))
-        edges.append(torch.where(behind, side, pixel.amax(0).ceil().long() + 1).clamp(0, side))
-    left, right, top, bottom = edges                                              # (M,) each
-    width, count = right - left, (right - left) * (bottom - top)
-    one = torch.repeat_interleave(count)
-    index = torch.arange(len(one), device=one.device) - take(count.cumsum(0) - count, one)
-    row = torch.div(index, take(width, one), rounding_mode="floor")
-    return one, take(top * side + left, one) + index + row * take(side - width, one)
+    pixels = ((torch.stack([x, y]) / z * focal + 0.5) * side).clamp(-1, side + 1)
+    first, last = pixels.amin(1).floor() - 1, pixels.amax(1).ceil()               # (2, M)
+    behind = (z < 1e-3).any(0)[:, None]                 # partly behind the camera: every pixel
+    at = torch.arange(side, device=poses.device)
+    column, row = behind | (at >= first[..., None]) & (at <= last[..., None])     # (M, side) each
+    return (row[:, :, None] & column[:, None]).flatten(1).nonzero(as_tuple=True)
 
 
 def trace_chunk(scenes, scene, poses, focal, side, shaded):
