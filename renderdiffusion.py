@@ -38,6 +38,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 from json import dumps
 from pathlib import Path
@@ -557,29 +558,31 @@ def training_pictures(config, device, rank, world):
 
     With `scenes` = 0 no scene comes twice; else the pictures of a fixed set come in random order.
     """
-    B, S, fresh = config.batch, config.resolution, config.data in SETS and config.scenes == 0
+    B, S, built_in = config.batch, config.resolution, SETS.get(config.data)
+    fresh, ahead = built_in and config.scenes == 0, AHEAD.get(device.type, 1)
     views = load(config.data, 1 if fresh else config.scenes or None, config.views, S, config.seed)
     images, poses = views.images.flatten(0, 1), views.poses.flatten(0, 1)
-    ahead, traced = AHEAD.get(device.type, 1), {}
+
+    @lru_cache(maxsize=1)
+    def trace(i):
+        """The scenes of `ahead` steps, from step i * ahead on."""
+        return synthetic(config.data, ahead * B, 1, S, config.seed, device,
+                         start=(i * world + rank) * ahead * B, depth=False)
 
     def draw(step):
-        first, i = step - step % ahead, step % ahead
         if fresh:
-            if first not in traced:
-                traced.clear()
-                traced[first] = synthetic(config.data, ahead * B, 1, S, config.seed, device,
-                                          start=(first * world + rank * ahead) * B, depth=False)
-            new = traced[first][i * B:(i + 1) * B]
+            i = step % ahead * B
+            new = trace(step // ahead)[i:i + B]
             return new.images[:, 0], new.poses[:, 0]
         chosen = torch.randint(len(images), (world * B,))[rank * B:(rank + 1) * B]
         return images[chosen].to(device), poses[chosen].to(device)
 
-    height, radius = poses[:, 2, 3], poses[:, :3, 3].norm(dim=-1)
-    elevation = torch.rad2deg(torch.asin(height / radius))
+    radius = poses[:, :3, 3].norm(dim=-1)
+    elevation = torch.rad2deg(torch.asin(poses[:, 2, 3] / radius))
     return draw, dataclasses.replace(
         config, focal=views.focal, radius=radius.mean().item(),
-        background=tuple(views.background.tolist()), elevation=SETS[config.data].elevation
-        if config.data in SETS else (elevation.min().item(), elevation.max().item()))
+        background=tuple(views.background.tolist()), elevation=built_in.elevation
+        if built_in else (elevation.min().item(), elevation.max().item()))
 
 
 def train(config, loss=denoising_loss):
@@ -588,7 +591,7 @@ def train(config, loss=denoising_loss):
     Writes OUT/DATA.pt and OUT/DATA_samples.png every two minutes. An earlier OUT/DATA.pt is gone
     on with under `resume`, else kept as DATA.old.pt. Under torchrun each process has scenes of its
     own and gradients are averaged. Raises ValueError for what cannot be trained, and
-    FloatingPointError when the loss is no longer finite. `loss` is called as `denoising_loss` is.
+    FloatingPointError when loss or weights are no longer finite. `loss`: as `denoising_loss`.
     """
     config.validate()
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -614,71 +617,42 @@ def train(config, loss=denoising_loss):
                                  fused=device.type in ("cuda", "cpu"))
     path = Path(config.out) / f"{Path(config.data).resolve().name}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"nothing can be written to {path.parent}: choose another --out")
     step, seconds, losses = 0, 0.0, []
     if config.resume:
-        load_checkpoint(path)                       # says what is wrong with weights and config
-        state = read_checkpoint(path)
-        if "optimizer" not in state:
-            raise ValueError(f"{path} holds weights alone; train anew, without --resume")
-        for name in ("data", "resolution", "timesteps", "schedule", "seed"):
-            if state["config"][name] != getattr(config, name):
-                raise ValueError(f"{path} was trained with {name} = {state['config'][name]!r}; "
-                                 "resume with the same")
-        try:
-            model.load_state_dict(state["model"])
-            ema.load_state_dict(state["ema"])
-            optimizer.load_state_dict(state["optimizer"])
-            if any(value.layout != torch.strided or value.shape not in ((), weight.shape)
-                   for weight, kept in optimizer.state.items() for value in kept.values()):
-                raise ValueError("its optimizer's state does not fit its weights")
-            step, seconds = int(state["step"]), float(state["seconds"])
-            check_range("step", step)
-            check_range("seconds", seconds)
-        except Exception as error:                  # torch raises half a dozen kinds
-            raise ValueError(f"{path} cannot be gone on with: {first_line(error)}") from None
+        step, seconds = resume(path, model, ema, optimizer)
     elif path.exists() and rank == 0:
         os.replace(path, path.with_suffix(".old.pt"))
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    checked = logged = time.time()
-    start = checked - seconds
-
-    def finite(losses):
-        """The last steps' losses as numbers, by the loop's one synchronisation."""
-        values = torch.stack(losses).tolist() if losses else []
-        for i, value in enumerate(values, step - len(values)):
-            if not math.isfinite(value):
-                raise FloatingPointError(f"the loss is {value} at step {i}: try a lower --lr; "
-                                         f"what was saved before is in {config.out}")
-        return values
-
-    def save():
-        finite(losses)
-        if not all(weight.isfinite().all() for weight in model.parameters()):
-            raise FloatingPointError(f"the weights are not finite at step {step}: try a lower "
-                                     f"--lr; what was saved before is in {config.out}")
-        save_checkpoint(path, ema, dict(model=model.state_dict(), step=step, seconds=seconds,
-                                        optimizer=optimizer.state_dict()))
-
+    saved = logged = time.time()
+    start = saved - seconds
     stop = []                       # Ctrl-C waits for the step's end: half a one cannot be resumed
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     try:
-        while not stop:
+        while True:
             progress = seconds / 60 / config.minutes if config.minutes else step / config.steps
-            if losses and (progress >= 1 or time.time() - logged > 5):
-                values = finite(losses)
+            done = progress >= 1 or stop
+            save = rank == 0 and (done or time.time() - saved > 120)
+            if losses and (done or save or time.time() - logged > 5):
+                values = torch.stack(losses).tolist()           # here alone it waits for a GPU
+                finite = [*map(math.isfinite, values),
+                          all(weight.isfinite().all() for weight in model.parameters())]
+                if not all(finite):
+                    raise FloatingPointError(
+                        "the loss or the weights are not finite at step "
+                        f"{step - len(values) + finite.index(False)}: try a lower --lr; what was saved before is in {config.out}")
                 if rank == 0:
                     speed = len(values) * config.batch * world / (time.time() - logged)
                     print(f"step {step}  loss {np.mean(values):.4f}  {speed:.0f} images/s  "
                           f"{seconds / 60:.1f} min, {seconds / 60 * (1 / progress - 1):.1f} left",
                           flush=True)
                 losses, logged = [], time.time()
-            if rank == 0 and (progress >= 1 or time.time() - checked > 120):
-                save()
-                print(health(ema, path.with_name(path.stem + "_samples.png")), flush=True)
-                checked = logged = time.time()
-            if progress >= 1:
+            if save:
+                save_checkpoint(path, ema, dict(model=model.state_dict(), step=step,
+                                                seconds=seconds, optimizer=optimizer.state_dict()))
+                if not stop:
+                    print(health(ema, path.with_name(path.stem + "_samples.png")), flush=True)
+                saved = logged = time.time()
+            if done:
                 break
             for group in optimizer.param_groups:                # warm-up, constant, decay
                 group["lr"] = config.lr * min(1, (step + 1) / 100, max(0.02, (1 - progress) / 0.3))
@@ -699,51 +673,12 @@ def train(config, loss=denoising_loss):
                 seconds = clock.item()
     finally:
         signal.signal(signal.SIGINT, before)
-    if stop and rank == 0:
-        save()
-        print("stopped; go on with --resume")
     if rank == 0:
-        print(f"{step} steps, {seconds / 60:.1f} minutes; wrote {path}")
+        print(f"{step} steps, {seconds / 60:.1f} minutes; wrote {path}"
+              + "; go on with --resume" * bool(stop))
     if world > 1:
         torch.distributed.destroy_process_group()
     return ema
-
-
-def health(model, path):
-    """What the loss does not tell: held-out novel views, samples (written to path), the volume."""
-    config, device, text = model.config, model.background.device, ""
-    if config.data in SETS:
-        scores = evaluate(model, synthetic(config.data, 32, 3, config.resolution, HELD_OUT, device))
-        text = "  held-out PSNR: input view {psnr:.2f} dB, ".format(**scores["input"])
-        text += "novel views {psnr:.2f} dB\n".format(**scores["novel"])
-    images, planes = generate(model, turn_poses(model, 0, 8), min(10, config.timesteps), eta=0.0)
-    save_grid(path, {"samples": images})
-    points = torch.rand(8, 4096, 3, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
-    density, _ = model.mlp(points, sample_triplanes(planes, points))
-    filled = (density > 10).float().mean()          # half of the light is gone after 0.07 units
-    if filled < 1e-3 or filled > 0.9:
-        text += (f"  warning: the volume is {'empty' if filled < 0.5 else 'opaque'} everywhere; "
-                 "if it stays so, train anew with a lower --lr\n")
-    return f"{text}  samples: {path}"
-
-
-def pick_device(name):
-    """A torch device; auto is cuda, mps or cpu, the first there is. ValueError for unknown ones."""
-    if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {first_line(error)}") from None
-
-
-def bf16_is_fast(device):
-    """Whether bfloat16 pays for the U-Net: old GPUs and CPUs have it by slow emulation alone."""
-    if device.type == "cpu":                        # an old torch has neither: `bool()` is False
-        return any(getattr(torch.cpu, f"_is_{name}_supported", bool)()
-                   for name in ("avx512_bf16", "amx_tile"))
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -987,8 +922,26 @@ def evaluate(model, views, t_r=0):
             for key, score in scores.items()}
 
 
+def health(model, path):
+    """What the loss does not tell: held-out novel views, samples (written to path), the volume."""
+    config, device, text = model.config, model.background.device, ""
+    if config.data in SETS:
+        scores = evaluate(model, synthetic(config.data, 32, 3, config.resolution, HELD_OUT, device))
+        text = "  held-out PSNR: input view {psnr:.2f} dB, ".format(**scores["input"])
+        text += "novel views {psnr:.2f} dB\n".format(**scores["novel"])
+    images, planes = generate(model, turn_poses(model, 0, 8), min(10, config.timesteps), eta=0.0)
+    save_grid(path, {"samples": images})
+    points = torch.rand(8, 4096, 3, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
+    density, _ = model.mlp(points, sample_triplanes(planes, points))
+    filled = (density > 10).float().mean()          # half of the light is gone after 0.07 units
+    if filled < 1e-3 or filled > 0.9:
+        text += (f"  warning: the volume is {'empty' if filled < 0.5 else 'opaque'} everywhere; "
+                 "if it stays so, train anew with a lower --lr\n")
+    return f"{text}  samples: {path}"
+
+
 # ------------------------------------------------------------------------------------------------
-# Checkpoints
+# Checkpoints and devices
 # ------------------------------------------------------------------------------------------------
 
 VERSION, SHIPPED = 1, Path(__file__).resolve().parent / "checkpoints"
@@ -1061,9 +1014,52 @@ def load_checkpoint(name_or_path, device="cpu"):
     return model.to(device).eval().requires_grad_(False)
 
 
+def resume(path, model, ema, optimizer):
+    """Fill these three from a training's checkpoint -> its step and seconds; ValueError, one
+    sentence, for what cannot be gone on with."""
+    load_checkpoint(path)                           # says what is wrong with weights and config
+    state = read_checkpoint(path)
+    try:
+        if "optimizer" not in state:
+            raise ValueError("it holds weights alone; train anew, without --resume")
+        for name in ("data", "resolution", "timesteps", "schedule", "seed"):
+            if state["config"][name] != getattr(model.config, name):
+                raise ValueError(f"it was trained with {name} = {state['config'][name]!r}")
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        if any(value.layout != torch.strided or value.shape not in ((), weight.shape)
+               for weight, kept in optimizer.state.items() for value in kept.values()):
+            raise ValueError("its optimizer's state does not fit its weights")
+        for name in ("step", "seconds"):
+            check_range(name, state[name])
+        return int(state["step"]), float(state["seconds"])
+    except Exception as error:                      # torch raises half a dozen kinds
+        raise ValueError(f"{path} cannot be gone on with: {first_line(error)}") from None
+
+
 def first_line(error):
     """An error's first line, shortened: what fits into one sentence."""
     return str(error).strip().split("\n")[0][:300]
+
+
+def pick_device(name):
+    """A torch device; auto is cuda, mps or cpu, the first there is. ValueError for unknown ones."""
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {first_line(error)}") from None
+
+
+def bf16_is_fast(device):
+    """Whether bfloat16 pays for the U-Net: old GPUs and CPUs have it by slow emulation alone."""
+    if device.type == "cpu":                        # an old torch has neither: `bool()` is False
+        return any(getattr(torch.cpu, f"_is_{name}_supported", bool)()
+                   for name in ("avx512_bf16", "amx_tile"))
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 # ------------------------------------------------------------------------------------------------
