@@ -639,7 +639,8 @@ def train(config, loss=denoising_loss):
                 if not all(finite):
                     raise FloatingPointError(
                         "the loss or the weights are not finite at step "
-                        f"{step - len(values) + finite.index(False)}: try a lower --lr; what was saved before is in {config.out}")
+                        f"{step - len(values) + finite.index(False)}: try a lower --lr; what was "
+                        f"saved before is in {config.out}")
                 if rank == 0:
                     speed = len(values) * config.batch * world / (time.time() - logged)
                     print(f"step {step}  loss {np.mean(values):.4f}  {speed:.0f} images/s  "
@@ -1117,25 +1118,25 @@ def surface_points(model, planes, poses, resolution=64, samples=128):
     """Where rays from poses (V, 4, 4) are half stopped by one scene's planes (1, 3, C, N, N):
     points, unit normals and colours in [0, 1], each (P, 3).
     """
+    def field(points):
+        return model.mlp(points, sample_triplanes(planes, points))
     parts = []
     rays = camera_rays(poses, model.config.focal, resolution)
     for origins, directions in zip(*(r.flatten(0, 1)[None].split(2 ** 15, 1) for r in rays)):
-        near, far = ray_interval(origins, directions)
-        step = (far - near) / samples                                          # (1, R)
-        t = near[..., None] + step[..., None] * (torch.arange(samples, device=near.device) + 0.5)
-        points = origins[:, :, None] + t[..., None] * directions[:, :, None]   # (1, R, K, 3)
+        near, far = (x[..., None] for x in ray_interval(origins, directions))  # (1, R, 1)
+        step = (far - near) / samples
+        edges = near + step * torch.arange(samples + 1, device=near.device)    # (1, R, K + 1)
+        points = origins[:, :, None] + (edges[..., 1:] - step / 2)[..., None] * directions[:, :, None]
         with torch.no_grad():
-            density, _ = model.mlp(points.flatten(1, 2),
-                                   sample_triplanes(planes, points.flatten(1, 2)))
-        depth = torch.cumsum(density.view(t.shape) * step[..., None], -1)      # optical depth
-        i = (depth < math.log(2)).sum(-1, keepdim=True)                        # first half stopped
-        hit, i = i[..., 0] < samples, i.clamp(max=samples - 1)
-        before = torch.where(i > 0, depth.gather(-1, (i - 1).clamp(min=0)), 0)
-        share = (math.log(2) - before) / (depth.gather(-1, i) - before).clamp(min=1e-9)
-        t = t.gather(-1, i) + (share - 0.5) * step[..., None]
+            density, _ = field(points.flatten(1, 2))
+        depth = F.pad(torch.cumsum(density.view(points.shape[:-1]) * step, -1), (1, 0))
+        i = (depth < math.log(2)).sum(-1, keepdim=True)         # the first edge with half stopped
+        hit, i = i[..., 0] <= samples, i.clamp(max=samples)
+        a, b = depth.gather(-1, i - 1), depth.gather(-1, i)     # optical depths
+        t = edges.gather(-1, i - 1) + step * (math.log(2) - a) / (b - a).clamp(min=1e-9)
         points = (origins + t * directions)[hit][None].requires_grad_()        # (1, P, 3)
         with torch.enable_grad():
-            density, color = model.mlp(points, sample_triplanes(planes, points))
+            density, color = field(points)
             normal = -torch.autograd.grad(density.sum(), points)[0]            # out of the matter
         parts.append(torch.stack([points.detach(), F.normalize(normal, dim=-1), color.detach()]))
     return torch.cat(parts, dim=2)[:, 0]                                       # (3, P, 3)
@@ -1143,16 +1144,13 @@ def surface_points(model, planes, poses, resolution=64, samples=128):
 
 def save_ply(path, points, normals, colors):
     """Write points, normals and colours in [0, 1], each (P, 3), as a binary .ply point cloud."""
-    names = [(n, "<f4") for n in ("x", "y", "z", "nx", "ny", "nz")]
-    names += [(n, "u1") for n in ("red", "green", "blue")]
-    table = np.empty(len(points), dtype=names)
-    columns = torch.cat([points, normals, colors * 255], dim=1).cpu().numpy().T
-    for (name, _), column in zip(names, columns):
-        table[name] = column.round() if name in ("red", "green", "blue") else column
-    lines = [f"property {'float' if kind == '<f4' else 'uchar'} {name}" for name, kind in names]
-    header = "\n".join(["ply", "format binary_little_endian 1.0", f"element vertex {len(table)}",
-                        *lines, "end_header", ""])
-    write(path, lambda file: file.write(header.encode() + table.tobytes()))
+    header = "\n".join([
+        "ply", "format binary_little_endian 1.0", f"element vertex {len(points)}",
+        *(f"property float {name}" for name in ("x", "y", "z", "nx", "ny", "nz")),
+        *(f"property uchar {name}" for name in ("red", "green", "blue")), "end_header", ""])
+    floats = torch.cat([points, normals], dim=1).view(torch.uint8)             # (P, 24) bytes
+    rows = torch.cat([floats, (colors * 255).round().byte()], dim=1).cpu().numpy()
+    write(path, lambda file: file.write(header.encode() + rows.tobytes()))
 
 
 # ------------------------------------------------------------------------------------------------
