@@ -110,35 +110,32 @@ class Config:
             if (not isinstance(value, kind) or np.size(value) != np.size(field.default)
                     or not all(isinstance(number, (int, float)) for number in numbers)):
                 raise ValueError(f"{name} must be like {field.default!r}, not {value!r}")
-            check_range(name, value)
-            if name in ("resolution", "plane_size") and value & (value - 1):
-                raise ValueError(f"{name} must be a power of two, not {value}")
-            choices = dict(schedule=("cosine", "linear"), loss=("l1", "l2")).get(name, (value,))
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-        if self.unet_channels % 16:
-            raise ValueError(f"unet_channels must be a multiple of 16, not {self.unet_channels}")
+            check(name, value)
         if self.init and self.resume:
             raise ValueError("init begins a training and resume goes on with one: give one of them")
         return self
 
 
-LIMITS = {      # of a field or an option; from 0 to a billion where it is not here
-    "views": (1, 1e9), "resolution": (16, 256), "focal": (1e-3, 1e3), "background": (-1, 1),
-    "radius": (1e-3, 1e3), "elevation": (-90, 90), "azimuth": (-360, 360), "plane_size": (16, 512),
-    "plane_channels": (1, 1024), "unet_channels": (16, 1024), "mlp_hidden": (1, 4096),
-    "fold": (0, 64), "samples": (1, 4096), "timesteps": (1, 1e6), "clean": (0, 0.99),
-    "other_side": (0, 1), "other_side_from": (0, 1), "batch": (1, 1e6), "rays": (1, 65536),
-    "empty_rays": (1e-3, 1), "steps": (1, 1e9), "lr": (1e-9, 10), "ema": (0, 0.99999),
-    "count": (1, 1000), "eta": (0, 1), "fillings": (1, 100)}
+LIMITS = {      # of a field or an option, or all that it can be; not here: from 0 to a billion
+    "views": (1, 1e9), "resolution": [16, 32, 64, 128, 256], "focal": (1e-3, 1e3),
+    "background": (-1, 1), "radius": (1e-3, 1e3), "elevation": (-90, 90), "azimuth": (-360, 360),
+    "plane_size": [16, 32, 64, 128, 256, 512], "plane_channels": (1, 1024),
+    "unet_channels": range(16, 1025, 16), "mlp_hidden": (1, 4096), "fold": (0, 64),
+    "samples": (1, 4096), "timesteps": (1, 1e6), "schedule": ["cosine", "linear"],
+    "loss": ["l1", "l2"], "clean": (0, 0.99), "other_side": (0, 1), "other_side_from": (0, 1),
+    "batch": (1, 1e6), "rays": (1, 65536), "empty_rays": (1e-3, 1), "steps": (1, 1e9),
+    "lr": (1e-9, 10), "ema": (0, 0.99999), "count": (1, 1000), "eta": (0, 1), "fillings": (1, 100)}
 
 
-def check_range(name, value):
-    """ValueError where a number, or one of several, is outside its LIMITS, or NaN."""
-    low, high = LIMITS.get(name, (0, 1e9))
-    for number in value if isinstance(value, (tuple, list)) else (value,):
-        if isinstance(number, (int, float)) and not low <= number <= high:
-            raise ValueError(f"{name} must be from {low:g} to {high:g}, not {number!r}")
+def check(name, value):
+    """ValueError where a value, or one of several, is not within its LIMITS, or is NaN."""
+    limits = LIMITS.get(name, (0, 1e9))
+    for one in value if isinstance(value, (tuple, list)) else (value,):
+        if not isinstance(limits, tuple):
+            if one not in limits:
+                raise ValueError(f"{name} must be one of {limits}, not {one!r}")
+        elif isinstance(one, (int, float)) and not limits[0] <= one <= limits[1]:
+            raise ValueError("{} must be from {:g} to {:g}, not {!r}".format(name, *limits, one))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -153,15 +150,13 @@ class NoiseSchedule:
     """
 
     def __init__(self, T=1000, kind="cosine"):
-        if T < 1:
-            raise ValueError(f"timesteps must be at least 1, not {T}")
+        check("timesteps", T)
+        check("schedule", kind)
         if kind == "cosine":
             f = torch.cos((torch.arange(T + 1).double() / T + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = 1 - f[1:] / f[:-1]
-        elif kind == "linear":
-            betas = torch.linspace(0.02, 1e-4, T).flip(0).double() * 1000 / T
         else:
-            raise ValueError(f"schedule must be cosine or linear, not {kind!r}")
+            betas = torch.linspace(0.02, 1e-4, T).flip(0).double() * 1000 / T
         # No level but the last may be all noise: the posterior divides by alpha_bar at s < t.
         kept = torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
         self.T = T
@@ -1033,7 +1028,7 @@ def resume(path, model, ema, optimizer):
                for weight, kept in optimizer.state.items() for value in kept.values()):
             raise ValueError("its optimizer's state does not fit its weights")
         for name in ("step", "seconds"):
-            check_range(name, state[name])
+            check(name, state[name])
         return int(state["step"]), float(state["seconds"])
     except Exception as error:                      # torch raises half a dozen kinds
         raise ValueError(f"{path} cannot be gone on with: {first_line(error)}") from None
@@ -1329,7 +1324,7 @@ def main(argv=None):
     command, args = parse(argv)
     try:
         for name, value in args.items():
-            check_range(name, value)
+            check(name, value)
         if command != "train":
             args["model"] = load_checkpoint(args.pop("checkpoint"), pick_device(args.pop("device")))
         COMMANDS[command](**args)
