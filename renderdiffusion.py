@@ -175,8 +175,8 @@ class NoiseSchedule:
     def posterior(self, x0, x_t, t, s, eta=1.0):
         """Mean and variance of q(x_s | x_t, x0) for any 0 <= s < t <= T (numbers or (B,)).
 
-        eta = 1 is Ho et al. 2020, eq. 7, for steps of any length; eta = 0 is DDIM, which adds no
-        noise (Song et al. 2021, eq. 12 and 16); both in one formula.
+        eta = 1: Ho et al. 2020, eq. 7, for steps of any length. eta = 0: DDIM, without noise. Both
+        are Song et al. 2021, eq. 12 and 16.
         """
         ab_t, ab_s = self.at(t, x_t), self.at(s, x_t)
         variance = eta ** 2 * (1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)
@@ -307,11 +307,10 @@ class UNet(nn.Module):
 # ------------------------------------------------------------------------------------------------
 
 def sample_triplanes(planes, points):
-    """Features of points (B, P, 3) in [-1, 1]^3 from planes (B, 3, C, N, N) -> (B, P, C).
+    """Planes (B, 3, C, N, N) at points (B, P, 3) in [-1, 1]^3 -> features (B, P, C).
 
-    Each point is projected on the xy, xz and yz plane, read bilinearly, and the three are summed
-    (Chan et al. 2022, section 3.1). A plane's first axis runs along its columns, and -1 and 1
-    are the centres of its outermost texels.
+    Bilinear at the point's projections on xy, xz and yz, summed (Chan et al. 2022, section 3.1).
+    A plane's first axis runs along its columns; -1 and 1 are its outermost texels' centres.
     """
     B, _, C, N, _ = planes.shape
     grid = points[:, :, [[0, 1], [0, 2], [1, 2]]].transpose(1, 2).reshape(B * 3, -1, 1, 2)
@@ -322,8 +321,8 @@ def sample_triplanes(planes, points):
 class RadianceMLP(nn.Module):
     """s(p, P[p]): points (B, P, 3), features (B, P, C) -> density (B, P), colour (B, P, 3).
 
-    Colour is RGB in [0, 1]; density is per world unit, and starts nearly transparent: a
-    volume that starts opaque hides its inside from the gradient, and stays so.
+    Colour is RGB in [0, 1]. Density is per world unit and starts nearly transparent: a volume that
+    starts opaque hides its inside from the gradient, and stays so.
     """
 
     def __init__(self, C, hidden):
@@ -342,10 +341,8 @@ class RadianceMLP(nn.Module):
 # ------------------------------------------------------------------------------------------------
 
 def ray_interval(origins, directions):
-    """Where rays (B, R, 3) are inside the cube [-1, 1]^3 -> near, far (B, R), at least 0.
-
-    A ray that misses it gets an empty interval at its point closest to the origin.
-    """
+    """Where rays (B, R, 3) are inside the cube [-1, 1]^3 -> near, far (B, R), at least 0; both the
+    point closest to the origin where a ray misses it."""
     d = torch.where(directions.abs() < 1e-9, torch.full_like(directions, 1e-9), directions)
     a, b = (-1 - origins) / d, (1 - origins) / d
     near = torch.minimum(a, b).amax(-1).clamp(min=0)
@@ -376,9 +373,8 @@ def stratified(count, jitter):
 def importance_samples(edges, weights, u):
     """Distances (B, R, F) drawn from coarse weights (B, R, K) over edges (B, R, K+1).
 
-    u (B, R, F) in [0, 1] goes through the inverse of their distribution. The weights are smoothed
-    and get a floor, so that what the coarse samples just missed is looked at too (Barron et al.
-    2021, eq. 18).
+    u (B, R, F) in [0, 1] goes through their inverse distribution. Smoothing and a floor let it see
+    what the coarse samples just missed (Barron et al. 2021, eq. 18).
     """
     padded = F.pad(weights, (1, 1), mode="replicate")
     smooth = torch.maximum(padded[..., :-1], padded[..., 1:])
@@ -393,12 +389,11 @@ def importance_samples(edges, weights, u):
 def march(field, origins, directions, samples, fine_samples, background, jitter=None):
     """Render rays (B, R, 3) of a field -> rgb (B, R, 3) in [0, 1], depth, opacity (B, R).
 
-    field: points (B, P, 3) -> density (B, P), colour (B, P, 3). Depth is the expected distance
-    along the ray; what passes through counts as ending where the ray leaves the cube. jitter
-    (B, R, samples + fine_samples) in [0, 1] places samples at random, None in the middle.
+    field: points (B, P, 3) -> density (B, P), colour (B, P, 3). Depth is the expected distance,
+    to the cube's far side for what passes through. jitter (B, R, samples + fine_samples) in [0, 1]
+    places samples at random, None in the middle.
     """
-    near, far = ray_interval(origins, directions)
-    near, far = near[..., None], far[..., None]                                # (B, R, 1)
+    near, far = (x[..., None] for x in ray_interval(origins, directions))      # (B, R, 1)
     if jitter is None:
         jitter = torch.full_like(near, 0.5).expand(*near.shape[:2], samples + fine_samples)
 
@@ -460,9 +455,8 @@ class RenderDiffusion(nn.Module):
         return planes.float().reshape(len(x_t), 3, -1, N, N)
 
     def march(self, planes, origins, directions, jitter=None, fine=True):
-        """Rays (B, R, 3) through planes -> rgb (B, R, 3) in [0, 1], depth, opacity (B, R).
-
-        With jitter (B, R, samples), as in training, or not `fine`: by stratified samples alone.
+        """Rays (B, R, 3) through planes -> rgb (B, R, 3) in [0, 1], depth, opacity (B, R); without
+        importance samples if jitter (B, R, samples) is given, as in training, or not `fine`.
         """
         def field(points):
             return self.mlp(points, sample_triplanes(planes, points))
@@ -471,9 +465,8 @@ class RenderDiffusion(nn.Module):
                      self.background, jitter)
 
     def render(self, planes, poses, focal=None, resolution=None, fine=True):
-        """Planes (B, 3, C, N, N) from poses (B, 4, 4) -> rgb (B, 3, S, S) in [-1, 1], depth,
-        opacity (B, S, S). focal, in image widths, and resolution default to the config's; not
-        `fine`: without importance samples, in half the time.
+        """Planes (B, 3, C, N, N) from poses (B, 4, 4) -> rgb (B, 3, S, S) in [-1, 1], depth and
+        opacity (B, S, S). None: the config's. Not `fine`: half the time, by stratified samples.
         """
         S = resolution or self.config.resolution
         origins, directions = camera_rays(poses, focal or self.config.focal, S)
@@ -505,11 +498,10 @@ HELD_OUT = -1                       # the seed of scenes that training, which re
 def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1, seen=None):
     """One step's loss on images x0 (B, 3, S, S) seen from poses (B, 4, 4), at random t and pixels.
 
-    The paper's scheme: noise the picture, encode it, render it again from its own camera. Later
-    (`other_side_from`) a share of the examples is encoded from another side: what is noised is not
-    the picture but what the averaged model shows of it from another picture's camera; the target
-    stays the real picture from the real camera. So planes must hold where the camera did not look,
-    and the training still sees one view a scene.
+    The paper's scheme: noise the picture, encode it, render it again from its own camera. From
+    `other_side_from` on, in a share of the examples what is noised is what the averaged model shows
+    of the picture from another one's camera. So planes must hold where the camera did not look, and
+    training still sees one view a scene.
     Each of `world` processes draws the numbers of all and takes its own: together they are one.
     """
     config, B, device = ema.config, len(x0), x0.device
@@ -525,11 +517,10 @@ def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1, seen=None):
     (source, seen_from), share = seen or (x0, poses), config.other_side
     chosen = [i for i in range(B) if int((i + 1) * share) > int(i * share)]
     if chosen and progress >= config.other_side_from:
-        with torch.no_grad():
-            others = poses.roll(1, dims=0)[chosen]
-            shown, _, _ = ema.render(ema.encode(x0[chosen], 0), others)
         source, seen_from = source.clone(), seen_from.clone()
-        source[chosen], seen_from[chosen] = shown, others
+        seen_from[chosen] = others = poses.roll(1, dims=0)[chosen]
+        with torch.no_grad():
+            source[chosen] = ema.render(ema.encode(x0[chosen], 0), others)[0]
     noise = torch.randn(world * B, *x0.shape[1:], device=device)[mine]
     x_t = ema.schedule.add_noise(source, t, noise)
     # Mere background is soon learnt: its pixels have weight `empty_rays` in the draw, all others
@@ -684,9 +675,7 @@ def train(config, loss=denoising_loss):
 def noise_levels(schedule, steps, top=None):
     """steps + 1 levels rising from 0 to `top` (None: T): few of them lie evenly in log(SNR), as in
     DPM-Solver (Lu et al. 2022, arXiv 2206.00927), and the more there are, the more evenly in t.
-
-    So steps in t are short near all noise, where what the picture shows is decided, and near none.
-    ValueError where there are fewer levels than steps.
+    Steps are so short near all noise, where it is decided what the picture shows, and near none.
     """
     top = schedule.T if top is None else top
     if not 1 <= steps <= top:
@@ -709,9 +698,9 @@ def standard_normal(like, generator):
 def denoise(model, x_t, poses, levels, eta, generator, watch=None):
     """From x_t at the last of the rising `levels` down to their first, 0 -> images, planes.
 
-    With eta = 0, where nothing new comes in, x0_hat is first moved on along the way it went since
-    the step before: DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2), of which DDIM
-    is the first order. watch(t, x_t, x0_hat, depth), if given, sees every step.
+    With eta = 0 x0_hat is first moved on along the way it went since the step before:
+    DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2), of which DDIM is the first
+    order. watch(t, x_t, x0_hat, depth), if given, sees every step.
     """
     lam, before = model.schedule.alpha_bar.logit() / 2, None    # log(alpha / sigma), infinite at 0
     for t, s in zip(levels[:0:-1], levels[-2::-1]):
@@ -731,8 +720,7 @@ def denoise(model, x_t, poses, levels, eta, generator, watch=None):
 def generate(model, poses, steps=50, eta=1.0, seed=0):
     """New scenes: poses (B, 4, 4), through which they are denoised -> images (B, 3, S, S), planes.
 
-    eta = 1 samples as Ho et al. 2020, algorithm 2, in `steps` of T steps; eta = 0 adds no noise on
-    the way, and 20 steps suffice.
+    eta = 1: Ho et al. 2020, algorithm 2, in `steps` of T; eta = 0: no fresh noise, 20 suffice.
     """
     S, generator = model.config.resolution, torch.Generator().manual_seed(seed)
     x_T = standard_normal(poses.new_empty(len(poses), 3, S, S), generator)
@@ -745,10 +733,10 @@ def generate(model, poses, steps=50, eta=1.0, seed=0):
 
 @torch.no_grad()
 def find_poses(model, images, masks=None):
-    """The cameras (B, 4, 4) of images (B, 3, S, S); masks (B, 1, S, S) are 1 where they are known.
+    """The cameras (B, 4, 4) of images (B, 3, S, S), known where masks (B, 1, S, S) are 1.
 
-    The encoder needs none, so the clean picture's planes are rendered from candidates on the
-    training cameras' sphere, and round the best one on finer and finer grids.
+    The encoder needs none, so the picture's planes are rendered from candidates on the training
+    cameras' sphere, and round the best one on finer and finer grids.
     """
     config, device = model.config, images.device
     low, high = config.elevation
@@ -777,9 +765,8 @@ def reconstruct(model, images, poses=None, t_r=0, steps=None, seed=0):
     """Images (B, 3, S, S) in [-1, 1] -> planes, which `model.render` shows from anywhere.
 
     t_r = 0 encodes the picture as it is. With t_r up to T it is noised to level t_r and denoised
-    in `steps` (None: 50 for the whole of T), which moves a picture that is unlike the training
-    set's towards them, and loses what the noise hides. poses (B, 4, 4) serve t_r > 0 alone, and
-    are found where None. Raises ValueError for a t_r outside 0..T.
+    in `steps` (None: 50 for all of T), which moves it towards the training set's, and loses what
+    the noise hides. poses (B, 4, 4) serve t_r > 0 alone, and are found where None.
     """
     T = model.config.timesteps
     if not (0 <= t_r <= T and t_r == int(t_r)):
@@ -824,17 +811,15 @@ def inpaint(model, images, masks, poses=None, steps=50, jump_length=5, jump_n_sa
     """Fill images (B, 3, S, S) where masks (B, 1, S, S) are 0 -> images, planes.
 
     RePaint (Lugmayr et al. 2022, algorithm 1) as its code has it: before each step down, the known
-    pixels are set to the picture noised to the level of x_t; each jump up noises everything. (The
-    paper's line 5 misprints that noise's factor; it is sqrt(1 - alpha_bar).) Two things are beyond
-    RePaint. Each step also goes down the gradient of what x0_hat gets wrong where the picture is
-    known (Chung et al. 2023, algorithm 1), or else what fills a large hole ignores what is round
-    it; guidance = 0 leaves this away. And at the end the known pixels are put back as they are, and
-    this picture is encoded at t = 0: it shows the known part exactly, the planes reconstruct it.
-    Poses (B, 4, 4) are found where None. Raises ValueError for masks that do not fit.
+    pixels are set to the picture noised to the level of x_t (by sqrt(1 - alpha_bar), which line 5
+    misprints); each jump up noises everything. Beyond RePaint, each step also goes down the
+    gradient of what x0_hat gets wrong where the picture is known (Chung et al. 2023, algorithm 1),
+    or else what fills a large hole ignores what is round it; guidance = 0 leaves this away. And at
+    the end the known pixels are put back, and the picture is encoded once more, at t = 0.
+    Poses (B, 4, 4) are found where None.
     """
-    if masks.shape != (len(images), 1, *images.shape[2:]):
-        raise ValueError(f"masks must be {(len(images), 1, *images.shape[2:])} to fit the images, "
-                         f"not {tuple(masks.shape)}")
+    if masks.shape != (shape := (len(images), 1, *images.shape[2:])):
+        raise ValueError(f"masks must be {shape} to fit the images, not {tuple(masks.shape)}")
     schedule, generator = model.schedule, torch.Generator().manual_seed(seed)
     known = (masks > 0.5).to(images)
     poses = find_poses(model, images, known) if poses is None else poses
@@ -1121,7 +1106,8 @@ def surface_points(model, planes, poses, resolution=64, samples=128):
         near, far = (x[..., None] for x in ray_interval(origins, directions))  # (1, R, 1)
         step = (far - near) / samples
         edges = near + step * torch.arange(samples + 1, device=near.device)    # (1, R, K + 1)
-        points = origins[:, :, None] + (edges[..., 1:] - step / 2)[..., None] * directions[:, :, None]
+        middles = edges[..., 1:, None] - step[..., None] / 2                   # (1, R, K, 1)
+        points = origins[:, :, None] + middles * directions[:, :, None]
         with torch.no_grad():
             density, _ = field(points.flatten(1, 2))
         depth = F.pad(torch.cumsum(density.view(points.shape[:-1]) * step, -1), (1, 0))
