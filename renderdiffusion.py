@@ -947,39 +947,29 @@ def save_checkpoint(path, model, training=None):
     weights, config = model.state_dict(), model.config
     if training is None:
         weights = {name: weight.half() for name, weight in weights.items()}
-        config = dataclasses.replace(config, device="auto", out="out", resume=False,
-                                     init="")
+        config = dataclasses.replace(config, device="auto", out="out", resume=False, init="")
     state = {"version": VERSION, "config": dataclasses.asdict(config), "ema": weights}
     buffer = BytesIO()          # to a file, torch makes a RuntimeError of a full disk's OSError
     torch.save({**state, **(training or {})}, buffer)
     write(path, lambda file: file.write(buffer.getbuffer()))
 
 
-def read_checkpoint(path, device="cpu"):
-    """The dict in a checkpoint; ValueError or OSError with one sentence where there is none."""
-    if not Path(path).is_file():
+def load_checkpoint(name_or_path, device="cpu"):
+    """The averaged model in eval mode, with `.config`, from a file or a name in checkpoints/;
+    ValueError or OSError, one sentence, where there is none that fits."""
+    shipped = SHIPPED / f"{name_or_path}.pt"
+    path = shipped if shipped.is_file() else Path(name_or_path)
+    if not path.is_file():
         names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.pt")))
         raise FileNotFoundError(f"there is no checkpoint {path}; train one, or name one: {names}")
     try:
         with ZipFile(path) as file:                 # torch does not look at the check sums
-            damaged = sum(part.file_size for part in file.infolist()) > Path(path).stat().st_size
+            damaged = sum(part.file_size for part in file.infolist()) > path.stat().st_size
             if damaged or file.testzip():
                 raise ValueError("its parts do not have their sizes or check sums")
         state = torch.load(path, map_location=device, weights_only=True)
-        version = state["version"]
-    except Exception as error:                      # torch.load raises a dozen kinds
-        raise ValueError(f"{path} is no checkpoint or is damaged: {first_line(error)}") from None
-    if version != VERSION:
-        raise ValueError(f"{path} has format {version}; this program reads format {VERSION}")
-    return state
-
-
-def load_checkpoint(name_or_path, device="cpu"):
-    """The averaged model in eval mode, with `.config`, from a file or a name in checkpoints/."""
-    shipped = SHIPPED / f"{name_or_path}.pt"
-    path = shipped if shipped.is_file() else Path(name_or_path)
-    state = read_checkpoint(path, device)
-    try:
+        if state["version"] != VERSION:
+            raise ValueError(f"its format is {state['version']}, and this program's {VERSION}")
         names = [f.name for f in dataclasses.fields(Config)]        # what the model depends on:
         if missing := set(names[:names.index("loss")]) - set(state["config"]):
             raise ValueError(f"its config has no {', '.join(sorted(missing))}")
@@ -990,8 +980,9 @@ def load_checkpoint(name_or_path, device="cpu"):
             raise ValueError("its weights are not finite")
         model = RenderDiffusion(config)
         model.load_state_dict(state["ema"])
-    except Exception as error:                      # foreign fields, other sizes
-        raise ValueError(f"{path} does not fit this program: {first_line(error)}") from None
+    except Exception as error:                      # torch.load alone raises a dozen kinds
+        raise ValueError(f"{path} is no checkpoint that fits this program, or is damaged: "
+                         f"{first_line(error)}") from None
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -999,7 +990,7 @@ def resume(path, model, ema, optimizer):
     """Fill these three from a training's checkpoint -> its step and seconds; ValueError, one
     sentence, for what cannot be gone on with."""
     load_checkpoint(path)                           # says what is wrong with weights and config
-    state = read_checkpoint(path)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     try:
         if "optimizer" not in state:
             raise ValueError("it holds weights alone; train anew, without --resume")
