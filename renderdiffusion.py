@@ -417,8 +417,7 @@ def march(field, origins, directions, samples, fine_samples, background, jitter=
         density_fine, color_fine = evaluate(t_fine)
         t, order = torch.sort(torch.cat([t, t_fine], dim=-1), dim=-1)
         density = torch.cat([density, density_fine], dim=-1).gather(-1, order)
-        color = torch.cat([color, color_fine], dim=-2)
-        color = color.gather(-2, order[..., None].expand(*order.shape, 3))
+        color = torch.cat([color, color_fine], dim=-2).take_along_dim(order[..., None], dim=-2)
     rgb, weights = composite(density, color, intervals(t).diff(dim=-1), background)
     opacity = weights.sum(-1)
     depth = (weights * t).sum(-1) + (1 - opacity) * far[..., 0]
@@ -465,10 +464,11 @@ class RenderDiffusion(nn.Module):
                      self.background, jitter)
 
     def render(self, planes, poses, focal=None, resolution=None, fine=True):
-        """Planes (B, 3, C, N, N) from poses (B, 4, 4) -> rgb (B, 3, S, S) in [-1, 1], depth and
-        opacity (B, S, S). None: the config's. Not `fine`: half the time, by stratified samples.
+        """Planes (B, 3, C, N, N) from poses (B, 4, 4), or all from one (4, 4) -> rgb (B, 3, S, S) in
+        [-1, 1], depth and opacity (B, S, S). focal and resolution: None is the config's. Not
+        `fine`: by stratified samples alone, in half the time.
         """
-        S = resolution or self.config.resolution
+        S, poses = resolution or self.config.resolution, poses.expand(len(planes), 4, 4)
         origins, directions = camera_rays(poses, focal or self.config.focal, S)
         points = self.points_at_once * (1 if planes.device.type == "cpu" else 64)
         rays = points // (len(planes) * self.config.samples) + 1
@@ -483,7 +483,7 @@ class RenderDiffusion(nn.Module):
         if pixels is None:
             return self.render(planes, poses)[0]
         rays = camera_rays(poses, self.config.focal, self.config.resolution)
-        origins, directions = (r.gather(1, pixels[..., None].expand(-1, -1, 3)) for r in rays)
+        origins, directions = (r.take_along_dim(pixels[..., None], dim=1) for r in rays)
         return self.march(planes, origins, directions, jitter)[0] * 2 - 1
 
 
@@ -531,7 +531,7 @@ def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1, seen=None):
     pixels = keys.topk(min(config.rays, keys.shape[1])).indices                # (B, n)
     jitter = draw(pixels.shape[1], config.samples)
     x0_hat = model(x_t, t, poses, pixels, jitter)                              # (B, n, 3)
-    target = x0.flatten(2).mT.gather(1, pixels[..., None].expand(-1, -1, 3))
+    target = x0.flatten(2).mT.take_along_dim(pixels[..., None], dim=1)
     loss = F.l1_loss(x0_hat, target) if config.loss == "l1" else F.mse_loss(x0_hat, target)
     if config.fold:                 # teaches the compass alone
         facing = getattr(model, "module", model).unet.facing    # `module`: what is parallel, if so
@@ -887,14 +887,13 @@ def evaluate(model, views, t_r=0):
     """
     if views.images.shape[1] < 2:
         raise ValueError("evaluation needs at least 2 views a scene: the input and a novel one")
-    scores = {}
-    mean_image = to_unit(views.images.flatten(0, 1).mean(0))
+    scores, mean_image = {}, views.images.flatten(0, 1).mean(0)
     for some in (views[i:i + 16] for i in range(0, len(views), 16)):
         planes = reconstruct(model, some.images[:, 0], some.poses[:, 0], t_r)
         for v, (truth, poses) in enumerate(zip(some.images.unbind(1), some.poses.unbind(1))):
             shown = model.render(planes, poses, focal=views.focal)[0]
             guesses = {"input": shown} if v == 0 else {
-                "novel": shown, "baseline_mean_image": (mean_image * 2 - 1).expand_as(truth),
+                "novel": shown, "baseline_mean_image": mean_image.expand_as(truth),
                 "baseline_input_copied": some.images[:, 0]}
             for key, guess in guesses.items():
                 pair = to_unit(guess), to_unit(truth)
@@ -1057,11 +1056,6 @@ def turn_poses(model, azimuth, count):
     return orbit(azimuths, sum(model.config.elevation) / 2, model.config.radius)
 
 
-def render_all(model, planes, pose):
-    """What all planes (B, ...) show from one pose (4, 4): (B, 3, S, S)."""
-    return model.render(planes, pose.expand(len(planes), 4, 4))[0]
-
-
 def save_grid(path, rows):
     """Write a PNG: rows is a dict from a label to images (B, 3, S, S), a column a scene."""
     width = len(next(iter(rows.values())))
@@ -1079,7 +1073,7 @@ def save_turntable(path, model, planes, frames=24):
     """Write a GIF of all planes (B, ...) side by side, turning once round."""
     pictures, zoom = [], max(1, 128 // model.config.resolution)
     for pose in turn_poses(model, 0, frames):
-        strip = np.concatenate(list(to_bytes(render_all(model, planes, pose))), axis=1)
+        strip = np.concatenate(list(to_bytes(model.render(planes, pose)[0])), axis=1)
         pictures.append(Image.fromarray(strip.repeat(zoom, 0).repeat(zoom, 1)))
     write(path, lambda file: pictures[0].save(file, format="GIF", save_all=True, loop=0,
                                               duration=80, append_images=pictures[1:]))
@@ -1140,13 +1134,13 @@ def finish(rows, model, planes, out, name):
 def around(model, planes, poses, views, mark=""):
     """Rows for `finish`: depth from poses (B, 4, 4), then views from all sides."""
     rows = {f"depth{mark}": depth_colors(model.render(planes, poses)[1])}
-    return rows | {f"view {v + 1}{mark}": render_all(model, planes, pose)
+    return rows | {f"view {v + 1}{mark}": model.render(planes, pose)[0]
                    for v, pose in enumerate(turn_poses(model, 45, views))}
 
 
 def input_pictures(model, image, fit, azimuth, elevation, seed, count):
     """The picture file and its camera, if it is given, or scenes that training never saw -> images
-    (B, 3, S, S), poses (B, 4, 4) or None, and the scenes as `Views` of five or None."""
+    (B, 3, S, S), poses (B, 4, 4) or one or None, and the scenes as `Views` of five or None."""
     config, device = model.config, model.background.device
     if image is None:
         views = load(config.data, count, 5, config.resolution, HELD_OUT - seed, device)
@@ -1154,8 +1148,8 @@ def input_pictures(model, image, fit, azimuth, elevation, seed, count):
     if (azimuth is None) != (elevation is None):
         raise ValueError("a camera needs both --azimuth and --elevation, or leave both away")
     images = read_image(image, config.resolution, config.background, fit)[None].to(device)
-    return images, None if azimuth is None else orbit(
-        torch.tensor([azimuth], device=device), elevation, config.radius), None
+    pose = None if azimuth is None else orbit(azimuth, elevation, config.radius).to(device)
+    return images, pose, None
 
 
 def run_generate(model, out, seed, count=8, steps=20, eta=0.0, name="generate"):
@@ -1170,14 +1164,13 @@ def run_reconstruct(model, out, seed, image=None, fit="crop", t_r=(0,), steps=No
     """3D from one picture, seen from its own camera and from others; beside the truth if known."""
     images, poses, truth = input_pictures(model, image, fit, azimuth, elevation, seed, 8)
     poses = find_poses(model, images) if poses is None else poses
-    others = (turn_poses(model, 45, 4).expand(len(images), 4, 4, 4) if truth is None
-              else truth.poses[:, 1:])                                         # (B, 4, 4, 4)
+    others = turn_poses(model, 45, 4) if truth is None else truth.poses[:, 1:].unbind(1)
     rows, views = {"input": images}, {}
     for level in t_r:
         planes = reconstruct(model, images, poses, level, steps, seed)
         rgb, depth, _ = model.render(planes, poses)
         rows |= {f"t_r = {level}": rgb, f"depth, t_r = {level}": depth_colors(depth)}
-        views[level] = torch.stack([model.render(planes, p)[0] for p in others.unbind(1)], 1)
+        views[level] = torch.stack([model.render(planes, p)[0] for p in others], 1)
         print(f"t_r = {level}: PSNR {psnr(to_unit(rgb), to_unit(images)).mean():.2f} dB input view",
               "" if truth is None else ", {:.2f} dB novel views".format(psnr(to_unit(
                   views[level].flatten(0, 1)), to_unit(truth.images[:, 1:].flatten(0, 1))).mean()))

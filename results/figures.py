@@ -164,7 +164,7 @@ def samples(models, out, count=64, frames=16):
         _, planes = rd.generate(model, rd.turn_poses(model, 0, 8 * rows), steps=20, eta=0)
         pictures = []
         for pose in rd.turn_poses(model, 0, frames):
-            shown = rd.render_all(model, planes, pose).view(rows, 8, 3, S, S)
+            shown = model.render(planes, pose)[0].view(rows, 8, 3, S, S)
             shown = shown.permute(2, 0, 3, 1, 4).reshape(1, 3, rows * S, 8 * S)
             frame = Image.fromarray(rd.to_bytes(shown)[0])
             pictures.append(frame.resize((16 * S, 2 * rows * S), Image.Resampling.NEAREST))
