@@ -907,8 +907,8 @@ def health(model, path):
     config, device, text = model.config, model.background.device, ""
     if config.data in SETS:
         scores = evaluate(model, synthetic(config.data, 32, 3, config.resolution, HELD_OUT, device))
-        text = "  held-out PSNR: input view {psnr:.2f} dB, ".format(**scores["input"])
-        text += "novel views {psnr:.2f} dB\n".format(**scores["novel"])
+        text = "  held-out PSNR: input view {:.2f} dB, novel views {:.2f} dB\n".format(
+            *(scores[key]["psnr"] for key in ("input", "novel")))
     images, planes = generate(model, turn_poses(model, 0, 8), min(10, config.timesteps), eta=0.0)
     save_grid(path, {"samples": images})
     points = torch.rand(8, 4096, 3, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
@@ -1085,13 +1085,14 @@ def surface_points(model, planes, poses, resolution=64, samples=128):
     """
     def field(points):
         return model.mlp(points, sample_triplanes(planes, points))
+
     parts = []
-    rays = camera_rays(poses, model.config.focal, resolution)
-    for origins, directions in zip(*(r.flatten(0, 1)[None].split(2 ** 15, 1) for r in rays)):
+    for pose in poses:
+        origins, directions = camera_rays(pose[None], model.config.focal, resolution)
         near, far = (x[..., None] for x in ray_interval(origins, directions))  # (1, R, 1)
         step = (far - near) / samples
         edges = near + step * torch.arange(samples + 1, device=near.device)    # (1, R, K + 1)
-        middles = edges[..., 1:, None] - step[..., None] / 2                   # (1, R, K, 1)
+        middles = (edges[..., 1:] - step / 2)[..., None]                       # (1, R, K, 1)
         points = origins[:, :, None] + middles * directions[:, :, None]
         with torch.no_grad():
             density, _ = field(points.flatten(1, 2))
