@@ -464,7 +464,7 @@ class RenderDiffusion(nn.Module):
                      self.background, jitter)
 
     def render(self, planes, poses, focal=None, resolution=None, fine=True):
-        """Planes (B, 3, C, N, N) from poses (B, 4, 4), or all from one (4, 4) -> rgb (B, 3, S, S) in
+        """Planes (B, 3, C, N, N) from poses (B, 4, 4) or a single one -> rgb (B, 3, S, S) in
         [-1, 1], depth and opacity (B, S, S). focal and resolution: None is the config's. Not
         `fine`: by stratified samples alone, in half the time.
         """
@@ -564,11 +564,11 @@ def training_pictures(config, device, rank, world):
         return images[chosen].to(device), poses[chosen].to(device)
 
     radius = poses[:, :3, 3].norm(dim=-1)
-    elevation = torch.rad2deg(torch.asin(poses[:, 2, 3] / radius))
+    angles = torch.rad2deg(torch.asin(poses[:, 2, 3] / radius))
+    elevation = built_in.elevation if built_in else (angles.min().item(), angles.max().item())
     return draw, dataclasses.replace(
-        config, focal=views.focal, radius=radius.mean().item(),
-        background=tuple(views.background.tolist()), elevation=built_in.elevation
-        if built_in else (elevation.min().item(), elevation.max().item()))
+        config, focal=views.focal, background=tuple(views.background.tolist()),
+        radius=radius.mean().item(), elevation=elevation)
 
 
 def train(config, loss=denoising_loss):
@@ -1141,16 +1141,17 @@ def around(model, planes, poses, views, mark=""):
 
 def input_pictures(model, image, fit, azimuth, elevation, seed, count):
     """The picture file and its camera, if it is given, or scenes that training never saw -> images
-    (B, 3, S, S), poses (B, 4, 4) or one or None, and the scenes as `Views` of five or None."""
+    (B, 3, S, S), poses (B, 4, 4) or one or None, four other cameras, and what they see if known."""
     config, device = model.config, model.background.device
     if image is None:
         views = load(config.data, count, 5, config.resolution, HELD_OUT - seed, device)
-        return views.images[:, 0], views.poses[:, 0], views
+        (images, *truths), (poses, *others) = views.images.unbind(1), views.poses.unbind(1)
+        return images, poses, others, truths
     if (azimuth is None) != (elevation is None):
         raise ValueError("a camera needs both --azimuth and --elevation, or leave both away")
     images = read_image(image, config.resolution, config.background, fit)[None].to(device)
     pose = None if azimuth is None else orbit(azimuth, elevation, config.radius).to(device)
-    return images, pose, None
+    return images, pose, turn_poses(model, 45, 4), []
 
 
 def run_generate(model, out, seed, count=8, steps=20, eta=0.0, name="generate"):
@@ -1163,30 +1164,31 @@ def run_generate(model, out, seed, count=8, steps=20, eta=0.0, name="generate"):
 def run_reconstruct(model, out, seed, image=None, fit="crop", t_r=(0,), steps=None, azimuth=None,
                     elevation=None, name="reconstruct"):
     """3D from one picture, seen from its own camera and from others; beside the truth if known."""
-    images, poses, truth = input_pictures(model, image, fit, azimuth, elevation, seed, 8)
+    def decibels(a, b):
+        return f"{psnr(to_unit(a), to_unit(b)).mean():.2f} dB"
+
+    images, poses, others, truths = input_pictures(model, image, fit, azimuth, elevation, seed, 8)
     poses = find_poses(model, images) if poses is None else poses
-    others = turn_poses(model, 45, 4) if truth is None else truth.poses[:, 1:].unbind(1)
     rows, views = {"input": images}, {}
     for level in t_r:
         planes = reconstruct(model, images, poses, level, steps, seed)
         rgb, depth, _ = model.render(planes, poses)
         rows |= {f"t_r = {level}": rgb, f"depth, t_r = {level}": depth_colors(depth)}
-        views[level] = torch.stack([model.render(planes, p)[0] for p in others], 1)
-        print(f"t_r = {level}: PSNR {psnr(to_unit(rgb), to_unit(images)).mean():.2f} dB input view",
-              "" if truth is None else ", {:.2f} dB novel views".format(psnr(to_unit(
-                  views[level].flatten(0, 1)), to_unit(truth.images[:, 1:].flatten(0, 1))).mean()))
+        views[level] = [model.render(planes, other)[0] for other in others]
+        print(f"t_r = {level}: PSNR {decibels(rgb, images)} input view" + (
+            f", {decibels(torch.cat(views[level]), torch.cat(truths))} novel views"
+            if truths else ""))
     for v in range(4 if len(t_r) == 1 else 2):
-        rows |= {} if truth is None else {f"view {v + 1}, truth": truth.images[:, v + 1]}
-        rows |= {f"view {v + 1}, t_r = {level}": views[level][:, v] for level in t_r}
+        rows |= {f"view {v + 1}, truth": truths[v]} if truths else {}
+        rows |= {f"view {v + 1}, t_r = {level}": views[level][v] for level in t_r}
     finish(rows, model, planes, out, name)
 
 
 def run_inpaint(model, out, seed, image=None, mask=None, fit="crop", steps=20, azimuth=None,
                 elevation=None, fillings=1, name="inpaint"):
     """Fill the masked part of a picture, and look at the result from other sides."""
-    images, poses, _ = input_pictures(model, image, fit, azimuth, elevation, seed, 4)
-    S = images.shape[-1]
-    masks = torch.ones_like(images[:, :1])
+    images, poses, _, _ = input_pictures(model, image, fit, azimuth, elevation, seed, 4)
+    masks, S = torch.ones_like(images[:, :1]), images.shape[-1]
     if mask is None:                                # a square of 40 % of the side, in the middle
         masks[:, :, round(0.3 * S):round(0.7 * S), round(0.3 * S):round(0.7 * S)] = 0
     else:
