@@ -236,10 +236,10 @@ class Compass(nn.Module):
         widths = [3, *(min(32 << i, 128) for i in range(int(math.log2(S)) - 2))]
         self.layers = nn.Sequential(*(layer for a, b in zip(widths, widths[1:]) for layer in (
             nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU())),
-            nn.Flatten(), nn.Linear(16 * widths[-1], 2))                       # from 4 x 4
+            nn.Conv2d(widths[-1], 2, 4))                                       # all of 4 x 4
 
     def forward(self, x_t):
-        return self.layers(x_t).float()
+        return self.layers(x_t)[:, :, 0, 0].float()
 
 
 class UNet(nn.Module):
