@@ -676,6 +676,7 @@ def noise_levels(schedule, steps, top=None):
     """steps + 1 levels rising from 0 to `top` (None: T): few of them lie evenly in log(SNR), as in
     DPM-Solver (Lu et al. 2022, arXiv 2206.00927), and the more there are, the more evenly in t.
     Steps are so short near all noise, where it is decided what the picture shows, and near none.
+    ValueError where there are fewer levels than steps.
     """
     top = schedule.T if top is None else top
     if not 1 <= steps <= top:
@@ -766,7 +767,8 @@ def reconstruct(model, images, poses=None, t_r=0, steps=None, seed=0):
 
     t_r = 0 encodes the picture as it is. With t_r up to T it is noised to level t_r and denoised
     in `steps` (None: 50 for all of T), which moves it towards the training set's, and loses what
-    the noise hides. poses (B, 4, 4) serve t_r > 0 alone, and are found where None.
+    the noise hides. poses (B, 4, 4) serve t_r > 0 alone, and are found where None. ValueError for a
+    t_r outside 0..T.
     """
     T = model.config.timesteps
     if not (0 <= t_r <= T and t_r == int(t_r)):
@@ -811,12 +813,13 @@ def inpaint(model, images, masks, poses=None, steps=50, jump_length=5, jump_n_sa
     """Fill images (B, 3, S, S) where masks (B, 1, S, S) are 0 -> images, planes.
 
     RePaint (Lugmayr et al. 2022, algorithm 1) as its code has it: before each step down, the known
-    pixels are set to the picture noised to the level of x_t (by sqrt(1 - alpha_bar), which line 5
-    misprints); each jump up noises everything. Beyond RePaint, each step also goes down the
-    gradient of what x0_hat gets wrong where the picture is known (Chung et al. 2023, algorithm 1),
-    or else what fills a large hole ignores what is round it; guidance = 0 leaves this away. And at
-    the end the known pixels are put back, and the picture is encoded once more, at t = 0.
-    Poses (B, 4, 4) are found where None.
+    pixels are set to the picture noised to the level of x_t; each jump up noises everything. (The
+    paper's line 5 misprints that noise's factor; it is sqrt(1 - alpha_bar).) Beyond RePaint, each
+    step also goes down the gradient of what x0_hat gets wrong where the picture is known (Chung et
+    al. 2023, algorithm 1), or else what fills a large hole ignores what is round it; guidance = 0
+    leaves this away. At the end the known pixels are put back as they are, and this picture is
+    encoded at t = 0: it shows the known part exactly, the planes reconstruct it. Poses (B, 4, 4)
+    are found where None. ValueError for masks that do not fit.
     """
     if masks.shape != (shape := (len(images), 1, *images.shape[2:])):
         raise ValueError(f"masks must be {shape} to fit the images, not {tuple(masks.shape)}")
