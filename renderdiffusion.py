@@ -63,7 +63,7 @@ from data import SETS, camera_rays, load, mix, open_picture, orbit, read_image, 
 class Config:
     """Everything a training depends on: `train`'s options, and saved in every checkpoint."""
     # data
-    data: str = "clevr1"        # built-in set (clevr1, clevr, cars, chairs, planes) or a folder
+    data: str = "clevr1"        # clevr1, cubes, clevr, cars, chairs, planes (built in) or a folder
     scenes: int = 0             # scenes to train on; 0: fresh ones for ever (built-in sets)
     views: int = 1              # pictures of a scene (of a fixed number of scenes), each on its own
     resolution: int = 32        # image side S, a power of two from 16 to 256
@@ -120,7 +120,7 @@ LIMITS = {      # of a field or an option, or all that it can be; not here: from
     "views": (1, 1e9), "resolution": [16, 32, 64, 128, 256], "focal": (1e-3, 1e3),
     "background": (-1, 1), "radius": (1e-3, 1e3), "elevation": (-90, 90), "azimuth": (-360, 360),
     "plane_size": [16, 32, 64, 128, 256, 512], "plane_channels": (1, 1024),
-    "unet_channels": range(16, 1025, 16), "mlp_hidden": (1, 4096), "fold": (0, 64),
+    "unet_channels": range(16, 1025, 16), "mlp_hidden": (1, 4096), "fold": (0, 8),
     "samples": (1, 4096), "timesteps": (1, 1e6), "schedule": ["cosine", "linear"],
     "loss": ["l1", "l2"], "clean": (0, 0.99), "other_side": (0, 1), "other_side_from": (0, 1),
     "batch": (1, 1e6), "rays": (1, 65536), "empty_rays": (1e-3, 1), "steps": (1, 1e9),
@@ -218,7 +218,9 @@ class Block(nn.Module):
 
 
 def multiply_angle(z, count):
-    """(cos, sin) of an angle (B, 2) -> of `count` times it; a shorter vector's length ** count."""
+    """Vectors (B, 2) at some angles -> (B, 2) at `count` >= 1 times these, their lengths to the
+    power `count`: powers of complex numbers. So an estimate that is unsure, short, counts for less.
+    """
     (c, s), out = z.unbind(1), z
     for _ in range(count - 1):
         (a, b) = out.unbind(1)
@@ -227,8 +229,9 @@ def multiply_angle(z, count):
 
 
 class Compass(nn.Module):
-    """Estimates the azimuth of a picture's camera: x_t (B, 3, S, S) -> its cosine and sine (B, 2),
-    a vector the shorter, the less the picture tells.
+    """Estimates where a picture was taken from: x_t (B, 3, S, S) -> (B, 2), the cosine and sine of
+    the camera's azimuth. Taught by the squared error, it gives their mean over what the picture
+    leaves open: a vector the shorter, the less can be told. Halves the picture down to 4 x 4.
     """
 
     def __init__(self, S):
@@ -248,12 +251,12 @@ class UNet(nn.Module):
     From S / 2 down to 4 x 4, up again to N / 2 with skips, added, and the last doubling without:
     a plane's texel lies in the world, a pixel before the camera, so there is nothing to copy.
 
-    A picture shows how an object is turned against the camera, planes how it is turned in the
-    world: the sum of that and the camera's azimuth, whose cosine is made of products, which a
-    network hardly finds. So the azimuth is estimated, and scales and shifts the stages on the way
-    up, as t does; not the azimuth itself but `fold` times it, which tells how a box is turned and
-    not front from back: an encoder that knows where its camera is draws reliefs that are right
-    from there alone (README.md, "What matters").
+    A picture shows an object's turn against the camera, a; planes need its turn in the world,
+    a + b with b the camera's azimuth. cos(a + b) = cos a cos b - sin a sin b is made of products,
+    which plain training does not find (README.md, "What matters"). So `compass` estimates b, and
+    the estimate scales and shifts the stages on the way up, as t does. These are told not b but
+    `fold` * b: with 4, cameras a quarter turn apart are the same to them, enough for how a box is
+    turned, and too little for a relief that is right from one side alone.
     """
 
     def __init__(self, config):
@@ -276,7 +279,7 @@ class UNet(nn.Module):
         self.shrink = nn.ModuleList(nn.Conv2d(width(2 * side), width(side), 3, stride=2, padding=1)
                                     for side in down[1:])
         self.middle = block(4)
-        self.fold = config.fold
+        self.fold, self.facing = config.fold, None
         if self.fold:
             self.compass, self.turn = Compass(S), nn.Linear(2, 4 * base)
         self.up = nn.ModuleList(block(side) for side in up)
@@ -500,8 +503,9 @@ def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1, seen=None):
 
     The paper's scheme: noise the picture, encode it, render it again from its own camera. From
     `other_side_from` on, in a share of the examples what is noised is what the averaged model shows
-    of the picture from another one's camera. So planes must hold where the camera did not look, and
-    training still sees one view a scene.
+    of the scene from another picture's camera. So planes must hold where the camera did not look,
+    and training still sees one view a scene. seen: images and poses, like x0 and poses, that are
+    encoded in their place (None: themselves).
     Each of `world` processes draws the numbers of all and takes its own: together they are one.
     """
     config, B, device = ema.config, len(x0), x0.device
@@ -533,8 +537,9 @@ def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1, seen=None):
     x0_hat = model(x_t, t, poses, pixels, jitter)                              # (B, n, 3)
     target = x0.flatten(2).mT.take_along_dim(pixels[..., None], dim=1)
     loss = F.l1_loss(x0_hat, target) if config.loss == "l1" else F.mse_loss(x0_hat, target)
-    if config.fold:                 # teaches the compass alone
-        facing = getattr(model, "module", model).unet.facing    # `module`: what is parallel, if so
+    if config.fold:             # teaches the compass alone: the planes are not to bend its estimate
+        unet = getattr(model, "module", model).unet         # `module`: what is parallel, if so
+        facing, unet.facing = unet.facing, None             # kept, it would forbid deepcopy
         loss = loss + 0.1 * F.mse_loss(facing, F.normalize(seen_from[:, :2, 3], dim=1))
     return loss
 
@@ -590,11 +595,14 @@ def train(config, loss=denoising_loss):
     torch.manual_seed(config.seed)
     model = RenderDiffusion(config).to(device)
     if config.init:
+        weights = load_checkpoint(config.init, device)
         try:
-            model.load_state_dict(load_checkpoint(config.init, device).state_dict())
+            if weights.config.fold != config.fold:          # of the same shapes
+                raise RuntimeError
+            model.load_state_dict(weights.state_dict())
         except RuntimeError:
             raise ValueError(f"the weights {config.init} are of another model: give this one the "
-                             "same sizes, and the same resolution") from None
+                             f"same sizes, resolution and fold ({weights.config.fold})") from None
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     model.bf16 = bf16_is_fast(device)
     if config.compile:
@@ -603,6 +611,8 @@ def train(config, loss=denoising_loss):
                                  fused=device.type in ("cuda", "cpu"))
     path = Path(config.out) / f"{Path(config.data).resolve().name}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"nothing can be written to {path.parent}: choose another --out")
     step, seconds, losses = 0, 0.0, []
     if config.resume:
         step, seconds = resume(path, model, ema, optimizer)
@@ -996,7 +1006,7 @@ def resume(path, model, ema, optimizer):
     try:
         if "optimizer" not in state:
             raise ValueError("it holds weights alone; train anew, without --resume")
-        for name in ("data", "resolution", "timesteps", "schedule", "seed"):
+        for name in ("data", "resolution", "fold", "timesteps", "schedule", "seed"):
             if state["config"][name] != getattr(model.config, name):
                 raise ValueError(f"it was trained with {name} = {state['config'][name]!r}")
         model.load_state_dict(state["model"])

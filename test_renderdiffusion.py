@@ -2390,7 +2390,7 @@ BAD_LINES = """
     train --data boats: boats | train --lr nan: lr | train --resolution 48: resolution
     train --batch 0: batch | train --steps 0: steps | train --minutes nan: minutes
     train --seed -1: seed | train --out photo.png: photo.png | train --resume --out empty: empty
-    train --resume --unet-channels 32: clevr1.pt"""
+    train --resume --unet-channels 32: clevr1.pt | train --resume --fold 1: fold"""
 BAD_LINES = [pair.strip() for pair in re.split(r"\||\n", BAD_LINES) if pair.strip()]
 
 

@@ -35,7 +35,7 @@ def min_snr(model, ema, *rest):
         weight = (alpha_bar / (1 - alpha_bar)).clamp(max=5)
         x0_hat.register_hook(lambda gradient: gradient * weight / weight.mean())
         return x0_hat
-    weighted.unet = model.unet
+    weighted.unet = getattr(model, "module", model).unet
     return rd.denoising_loss(weighted, ema, *rest)
 
 
