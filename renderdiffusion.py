@@ -819,7 +819,7 @@ def repaint_schedule(steps, jump_length, jump_n_sample):
 
 @torch.no_grad()
 def inpaint(model, images, masks, poses=None, steps=50, jump_length=5, jump_n_sample=5, seed=0,
-            guidance=8.0):
+            guidance=4.0):
     """Fill images (B, 3, S, S) where masks (B, 1, S, S) are 0 -> images, planes.
 
     RePaint (Lugmayr et al. 2022, algorithm 1) as its code has it: before each step down, the known
@@ -854,7 +854,8 @@ def inpaint(model, images, masks, poses=None, steps=50, jump_length=5, jump_n_sa
             gradient, = torch.autograd.grad(misfit.sum(), x)
         x, x0_hat = x.detach(), x0_hat.detach().clamp(-1, 1)
         mean, variance = schedule.posterior(x0_hat, x, t, s)
-        x = mean + variance.sqrt() * standard_normal(x, generator) - guidance * gradient
+        x = mean + variance.sqrt() * standard_normal(x, generator)
+        x = x - guidance * gradient if s else x0_hat            # at the end what was rendered
     x = known * images + (1 - known) * x.clamp(-1, 1)
     return x, model.encode(x, 0)
 
