@@ -989,8 +989,8 @@ def load_checkpoint(name_or_path, device="cpu"):
         config = Config(**state["config"]).validate()
         with torch.device("meta"):                  # its sizes, before memory is taken for them
             RenderDiffusion(config).load_state_dict(state["ema"], assign=True)
-        if not all(weight.isfinite().all() for weight in state["ema"].values()):
-            raise ValueError("its weights are not finite")
+        if not all(weight.abs().max() < 1e6 for weight in state["ema"].values()):
+            raise ValueError("its weights are not finite, or beyond a million")
         model = RenderDiffusion(config)
         model.load_state_dict(state["ema"])
     except Exception as error:                      # torch.load alone raises a dozen kinds
