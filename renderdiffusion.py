@@ -14,7 +14,9 @@ cameras, it generates, reconstructs and inpaints scenes that can be looked at fr
     python renderdiffusion.py evaluate --json
     python renderdiffusion.py export                     # coloured points (.ply)
 
-What differs from the paper, or is our choice where it does not say: README.md, "Differences".
+Beyond the paper the encoder estimates its camera's azimuth (`fold`), and later in training some
+pictures are encoded from another side (`other_side`): both can be left away. All that differs, or
+is our choice where the paper does not say: README.md, "Differences".
 
 Conventions
     world    right-handed, z up; the scene fills the cube [-1, 1]^3, which the planes cover
