@@ -2726,6 +2726,17 @@ def test_shipped_weights_find_the_camera(clevr1):
     assert found > given - 1
 
 
+def test_inpainting_ends_with_what_was_rendered():
+    """A step down the gradient is for what is asked again: with one step, there is none."""
+    model, images = tiny_model(), torch.rand(2, 3, 16, 16) * 2 - 1
+    masks = torch.ones(2, 1, 16, 16)
+    masks[:, :, 4:12, 4:12] = 0
+    plain, guided = (inpaint(model, images, masks, PAIR, 1, guidance=g)[0] for g in (0.0, 1e3))
+    assert torch.equal(plain, guided)
+    plain, guided = (inpaint(model, images, masks, PAIR, 2, guidance=g)[0] for g in (0.0, 1e3))
+    assert not torch.equal(plain, guided)
+
+
 @slow
 def test_shipped_weights_fill_a_hole_in_two_ways(clevr1):
     views = synthetic("clevr1", 8, 1, 32, seed=rd.HELD_OUT)
