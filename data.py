@@ -32,9 +32,7 @@ from PIL import Image, ImageOps
 from torch.nn.utils.rnn import pad_sequence
 
 
-# ------------------------------------------------------------------------------------------------
-# Cameras and posed images
-# ------------------------------------------------------------------------------------------------
+# ---- Cameras and posed images ------------------------------------------------------------------
 
 def orbit(azimuth, elevation, radius, target=(0.0, 0.0, 0.0)):
     """Poses (..., 4, 4) of cameras on a sphere around `target`, looking at it with z up.
@@ -93,9 +91,7 @@ class Views:
                        depth=None if self.depth is None else self.depth[scenes])
 
 
-# ------------------------------------------------------------------------------------------------
-# The ray tracer
-# ------------------------------------------------------------------------------------------------
+# ---- The ray tracer ----------------------------------------------------------------------------
 
 SPHERE, BOX, CYLINDER, EMPTY = 0, 1, 2, -1  # the unit sphere; [-1, 1]^3; radius 1, z in [-1, 1]
 AMBIENT, DIFFUSE, SHADOW, EXPONENT = 0.50, 0.50, 0.55, 30.0
@@ -272,9 +268,7 @@ def trace(scenes, poses, focal, resolution, samples=2, depth=True):
     return images, torch.cat(depths).view(n, v, resolution, resolution) if depth else None
 
 
-# ------------------------------------------------------------------------------------------------
-# The built-in sets: what is in a scene
-# ------------------------------------------------------------------------------------------------
+# ---- The built-in sets: what is in a scene -----------------------------------------------------
 
 MASK = 0xFFFFFFFF
 
@@ -530,9 +524,7 @@ def build_planes(parts, draw, ground):
         add(BOX, (L, 0, z), half, BLACK, propeller)
 
 
-# ------------------------------------------------------------------------------------------------
-# The built-in sets: how they are seen
-# ------------------------------------------------------------------------------------------------
+# ---- The built-in sets: how they are seen ------------------------------------------------------
 
 @dataclass
 class BuiltIn:
@@ -600,9 +592,7 @@ def synthetic(name, scenes, views=1, resolution=64, seed=0, device="cpu", start=
     return Views(images, poses, about.focal, background, name, depth=depths)
 
 
-# ------------------------------------------------------------------------------------------------
-# Pictures from files
-# ------------------------------------------------------------------------------------------------
+# ---- Pictures from files -----------------------------------------------------------------------
 
 def open_picture(path):
     """The picture in a file as a PIL image, turned as its EXIF says; ValueError if it is none."""
@@ -670,9 +660,7 @@ def read_mask(path, resolution, size=None, fit="crop"):
     return (torch.from_numpy(np.array(image))[None] > 127).float()
 
 
-# ------------------------------------------------------------------------------------------------
-# Real data
-# ------------------------------------------------------------------------------------------------
+# ---- Real data ---------------------------------------------------------------------------------
 
 SHAPENET_SCALE = 0.5        # how far objects reach from the origin, in the units of the files
 CLEVR_SCALE = 4.2           # for CLEVR, its objects and the shadows that our tracer gives them

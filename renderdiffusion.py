@@ -57,9 +57,7 @@ from PIL import Image
 from data import SETS, camera_rays, load, mix, open_picture, orbit, read_image, read_mask, synthetic
 
 
-# ------------------------------------------------------------------------------------------------
-# Configuration
-# ------------------------------------------------------------------------------------------------
+# ---- Configuration -----------------------------------------------------------------------------
 
 @dataclass
 class Config:
@@ -79,6 +77,7 @@ class Config:
     unet_channels: int = 48     # channels at S / 2, a multiple of 16; up to four times that below
     mlp_hidden: int = 64        # width of the MLP's two hidden layers
     fold: int = 4               # planes are told this times the estimated azimuth; 0: the paper's
+    lay_down: bool = False      # lay features on the ground: where objects stand off the middle
     samples: int = 16           # stratified samples a ray
     fine_samples: int = 16      # importance samples where those saw matter; not in training
     # diffusion
@@ -140,9 +139,7 @@ def check(name, value):
             raise ValueError("{} must be from {:g} to {:g}, not {!r}".format(name, *limits, one))
 
 
-# ------------------------------------------------------------------------------------------------
-# Noise schedule: q(x_t | x_0) and q(x_s | x_t, x_0)
-# ------------------------------------------------------------------------------------------------
+# ---- Noise schedule: q(x_t | x_0) and q(x_s | x_t, x_0) ----------------------------------------
 
 class NoiseSchedule:
     """How much of the picture is left after t noising steps: alpha_bar (T+1,), from 1 to nearly 0.
@@ -186,9 +183,7 @@ class NoiseSchedule:
         return ab_s.sqrt() * x0 + (1 - ab_s - variance).clamp(min=0).sqrt() * eps, variance
 
 
-# ------------------------------------------------------------------------------------------------
-# U-Net encoder: noisy picture -> planes
-# ------------------------------------------------------------------------------------------------
+# ---- U-Net encoder: noisy picture -> planes ----------------------------------------------------
 
 class Block(nn.Module):
     """GroupNorm, SiLU, 3x3 convolution, twice, t's embedding scaling and shifting in between; then
@@ -231,20 +226,34 @@ def multiply_angle(z, count):
 
 
 class Compass(nn.Module):
-    """Estimates where a picture was taken from: x_t (B, 3, S, S) -> (B, 2), the cosine and sine of
-    the camera's azimuth. Taught by the squared error, it gives their mean over what the picture
+    """Estimates where a picture was taken from: x_t (B, 3, S, S) -> (B, numbers), cosine and sine of
+    the camera's azimuth and, with 3 numbers, the sine of its elevation. Taught by the squared error, it gives their mean over what the picture
     leaves open: a vector the shorter, the less can be told. Halves the picture down to 4 x 4.
     """
 
-    def __init__(self, S):
+    def __init__(self, S, numbers):
         super().__init__()
         widths = [3, *(min(32 << i, 128) for i in range(int(math.log2(S)) - 2))]
         self.layers = nn.Sequential(*(layer for a, b in zip(widths, widths[1:]) for layer in (
             nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU())),
-            nn.Conv2d(widths[-1], 2, 4))                                       # all of 4 x 4
+            nn.Conv2d(widths[-1], numbers, 4))                                 # all of 4 x 4
 
     def forward(self, x_t):
         return self.layers(x_t)[:, :, 0, 0].float()
+
+
+def lay_down(features, facing, focal, radius):
+    """Features (B, c, H, H) of pictures -> (B, c, H, H): at (x, y), rows along y, stands what the
+    picture shows of the point (x, y, 0), from where `facing` (B, 3) says that its camera is.
+    """
+    (c, s), sin = F.normalize(facing[:, :2], dim=1).mT[..., None, None], facing[:, 2, None, None]
+    H = features.shape[-1]
+    x = (2 * torch.arange(H, device=facing.device) + 1) / H - 1                 # texels' middles
+    y = x[:, None]
+    near, right = c * x + s * y, c * y - s * x                  # towards the camera, (B, H, H)
+    depth = (radius - near * (1 - sin ** 2).clamp(min=0).sqrt()).clamp(min=0.1)
+    grid = 2 * focal * torch.stack([right, near * sin], dim=-1) / depth[..., None]
+    return F.grid_sample(features.float(), grid, align_corners=False).to(features)
 
 
 class UNet(nn.Module):
@@ -259,6 +268,9 @@ class UNet(nn.Module):
     the estimate scales and shifts the stages on the way up, as t does. These are told not b but
     `fold` * b: with 4, cameras a quarter turn apart are the same to them, enough for how a box is
     turned, and too little for a relief that is right from one side alone.
+
+    Where an object stands needs b itself, and the elevation: with `lay_down` the stages on the way
+    up get features that are laid on the ground, where the estimated camera sees them.
     """
 
     def __init__(self, config):
@@ -281,9 +293,10 @@ class UNet(nn.Module):
         self.shrink = nn.ModuleList(nn.Conv2d(width(2 * side), width(side), 3, stride=2, padding=1)
                                     for side in down[1:])
         self.middle = block(4)
-        self.fold, self.facing = config.fold, None
-        if self.fold:
-            self.compass, self.turn = Compass(S), nn.Linear(2, 4 * base)
+        self.config, self.facing = config, None
+        told = config.fold or config.lay_down
+        self.compass = Compass(S, 2 + config.lay_down) if told else None
+        self.turn = nn.Linear(2, 4 * base) if config.fold else None
         self.up = nn.ModuleList(block(side) for side in up)
         self.grow = nn.ModuleList(nn.Conv2d(width(side // 2), width(side), 1) for side in up[1:])
         self.out = nn.Sequential(nn.GroupNorm(8, width(N // 2)), nn.SiLU(), nn.Conv2d(
@@ -297,9 +310,15 @@ class UNet(nn.Module):
         for i, block in enumerate(self.down):
             h = skips[h.shape[-1]] = block(self.shrink[i - 1](h) if i else h, emb)
         h = self.middle(h, emb)                                                # (B, 4 base, 4, 4)
-        if self.fold:
-            self.facing = self.compass(x_t)                                    # (B, 2)
-            emb = emb + self.turn(multiply_angle(self.facing.detach(), self.fold))
+        if self.compass:
+            self.facing = self.compass(x_t)                                    # (B, 2 or 3)
+            facing = self.facing.detach()
+        if self.config.fold:
+            emb = emb + self.turn(multiply_angle(facing[:, :2], self.config.fold))
+        if self.config.lay_down:
+            camera = facing, self.config.focal, self.config.radius
+            h = lay_down(h, *camera)
+            skips = {side: lay_down(skip, *camera) for side, skip in skips.items()}
         for i, block in enumerate(self.up):
             if i:
                 h = F.interpolate(self.grow[i - 1](h), scale_factor=2)
@@ -307,9 +326,7 @@ class UNet(nn.Module):
         return self.out(F.interpolate(h, scale_factor=2))                      # (B, 3C, N, N)
 
 
-# ------------------------------------------------------------------------------------------------
-# Triplanes and MLP: points -> density and colour
-# ------------------------------------------------------------------------------------------------
+# ---- Triplanes and MLP: points -> density and colour -------------------------------------------
 
 def sample_triplanes(planes, points):
     """Planes (B, 3, C, N, N) at points (B, P, 3) in [-1, 1]^3 -> features (B, P, C).
@@ -341,9 +358,7 @@ class RadianceMLP(nn.Module):
         return 25 * F.softplus(out[..., 0] - 3), torch.sigmoid(out[..., 1:])
 
 
-# ------------------------------------------------------------------------------------------------
-# Ray marching: density and colour -> pixels
-# ------------------------------------------------------------------------------------------------
+# ---- Ray marching: density and colour -> pixels ------------------------------------------------
 
 def ray_interval(origins, directions):
     """Where rays (B, R, 3) are inside the cube [-1, 1]^3 -> near, far (B, R), at least 0; both the
@@ -429,9 +444,7 @@ def march(field, origins, directions, samples, fine_samples, background, jitter=
     return rgb, depth, opacity
 
 
-# ------------------------------------------------------------------------------------------------
-# The model
-# ------------------------------------------------------------------------------------------------
+# ---- The model ---------------------------------------------------------------------------------
 
 class RenderDiffusion(nn.Module):
     """The denoiser g: x_t, t -> planes -> the picture x0_hat that they show from a pose."""
@@ -492,9 +505,7 @@ class RenderDiffusion(nn.Module):
         return self.march(planes, origins, directions, jitter)[0] * 2 - 1
 
 
-# ------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------
+# ---- Training ----------------------------------------------------------------------------------
 
 AHEAD = {"cuda": 64}                # steps' scenes traced at once: tracing waits for the GPU
 HELD_OUT = -1                       # the seed of scenes that training, which refuses it, never sees
@@ -539,10 +550,12 @@ def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1, seen=None):
     x0_hat = model(x_t, t, poses, pixels, jitter)                              # (B, n, 3)
     target = x0.flatten(2).mT.take_along_dim(pixels[..., None], dim=1)
     loss = F.l1_loss(x0_hat, target) if config.loss == "l1" else F.mse_loss(x0_hat, target)
-    if config.fold:             # teaches the compass alone: the planes are not to bend its estimate
-        unet = getattr(model, "module", model).unet         # `module`: what is parallel, if so
+    unet = getattr(model, "module", model).unet             # `module`: what is parallel, if so
+    if unet.facing is not None: # teaches the compass alone: the planes are not to bend its estimate
         facing, unet.facing = unet.facing, None             # kept, it would forbid deepcopy
-        loss = loss + 0.1 * F.mse_loss(facing, F.normalize(seen_from[:, :2, 3], dim=1))
+        position = seen_from[:, :3, 3] / ema.config.radius
+        truth = torch.cat([F.normalize(position[:, :2], dim=1), position[:, 2:]], dim=1)
+        loss = loss + 0.1 * F.mse_loss(facing, truth[:, :facing.shape[1]])
     return loss
 
 
@@ -599,12 +612,13 @@ def train(config, loss=denoising_loss):
     if config.init:
         weights = load_checkpoint(config.init, device)
         try:
-            if weights.config.fold != config.fold:          # of the same shapes
-                raise RuntimeError
+            if (weights.config.fold, weights.config.lay_down) != (config.fold, config.lay_down):
+                raise RuntimeError                          # of the same shapes
             model.load_state_dict(weights.state_dict())
         except RuntimeError:
             raise ValueError(f"the weights {config.init} are of another model: give this one the "
-                             f"same sizes, resolution and fold ({weights.config.fold})") from None
+                             f"same sizes, resolution, fold ({weights.config.fold}) and lay_down "
+                             f"({weights.config.lay_down})") from None
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     model.bf16 = bf16_is_fast(device)
     if config.compile:
@@ -680,9 +694,7 @@ def train(config, loss=denoising_loss):
     return ema
 
 
-# ------------------------------------------------------------------------------------------------
-# Sampling
-# ------------------------------------------------------------------------------------------------
+# ---- Sampling ----------------------------------------------------------------------------------
 
 def noise_levels(schedule, steps, top=None):
     """steps + 1 levels rising from 0 to `top` (None: T): few of them lie evenly in log(SNR), as in
@@ -740,9 +752,7 @@ def generate(model, poses, steps=50, eta=1.0, seed=0):
     return denoise(model, x_T, poses, noise_levels(model.schedule, steps), eta, generator)
 
 
-# ------------------------------------------------------------------------------------------------
-# Reconstruction
-# ------------------------------------------------------------------------------------------------
+# ---- Reconstruction ----------------------------------------------------------------------------
 
 @torch.no_grad()
 def find_poses(model, images, masks=None):
@@ -795,9 +805,7 @@ def reconstruct(model, images, poses=None, t_r=0, steps=None, seed=0):
     return denoise(model, x_t, poses, levels, 1.0, generator)[1]
 
 
-# ------------------------------------------------------------------------------------------------
-# Inpainting
-# ------------------------------------------------------------------------------------------------
+# ---- Inpainting --------------------------------------------------------------------------------
 
 def repaint_schedule(steps, jump_length, jump_n_sample):
     """RePaint's walk over noise levels (Lugmayr et al. 2022, released code): a list of indices.
@@ -862,9 +870,7 @@ def inpaint(model, images, masks, poses=None, steps=50, jump_length=5, jump_n_sa
     return x, model.encode(x, 0)
 
 
-# ------------------------------------------------------------------------------------------------
-# Evaluation
-# ------------------------------------------------------------------------------------------------
+# ---- Evaluation --------------------------------------------------------------------------------
 
 def to_unit(images):
     """[-1, 1] -> [0, 1], cut off."""
@@ -936,9 +942,7 @@ def health(model, path):
     return f"{text}  samples: {path}"
 
 
-# ------------------------------------------------------------------------------------------------
-# Checkpoints and devices
-# ------------------------------------------------------------------------------------------------
+# ---- Checkpoints and devices -------------------------------------------------------------------
 
 VERSION, SHIPPED = 1, Path(__file__).resolve().parent / "checkpoints"
 
@@ -1009,7 +1013,7 @@ def resume(path, model, ema, optimizer):
     try:
         if "optimizer" not in state:
             raise ValueError("it holds weights alone; train anew, without --resume")
-        for name in ("data", "resolution", "fold", "timesteps", "schedule", "seed"):
+        for name in ("data", "resolution", "fold", "lay_down", "timesteps", "schedule", "seed"):
             if state["config"][name] != getattr(model.config, name):
                 raise ValueError(f"it was trained with {name} = {state['config'][name]!r}")
         model.load_state_dict(state["model"])
@@ -1049,9 +1053,7 @@ def bf16_is_fast(device):
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-# ------------------------------------------------------------------------------------------------
-# Pictures
-# ------------------------------------------------------------------------------------------------
+# ---- Pictures ----------------------------------------------------------------------------------
 
 def to_bytes(images):
     """(B, 3, S, S) in [-1, 1] -> (B, S, S, 3) numpy uint8."""
@@ -1136,9 +1138,7 @@ def save_ply(path, points, normals, colors):
     write(path, lambda file: file.write(header.encode() + rows.tobytes()))
 
 
-# ------------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------------
+# ---- Command line ------------------------------------------------------------------------------
 
 def finish(rows, model, planes, out, name):
     """Write OUT/NAME.png from rows and OUT/NAME.gif from planes (B, ...), and name them."""

@@ -474,9 +474,7 @@ def check(views, poses, tolerance=0.35):
         assert (red_pixels(image) - expected).norm() < tolerance        # in pixels
 
 
-# ------------------------------------------------------------------------------------------------
-# ShapeNet-SRN
-# ------------------------------------------------------------------------------------------------
+# ---- ShapeNet-SRN ------------------------------------------------------------------------------
 
 def write_srn(folder, scenes, views, start=0, head="131.25 64.0 64.0 0.\n0. 0. 0.\n1.\n128 128\n"):
     poses = cameras(views, start + scenes)[start:]
@@ -551,9 +549,7 @@ def test_more_than_there_is(srn, capsys):
     assert "3 scenes of 4 views are all there are" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------
-# NMR
-# ------------------------------------------------------------------------------------------------
+# ---- NMR ---------------------------------------------------------------------------------------
 
 def write_nmr(root, ids, views=4, inverse=True, masks=True):
     poses, focal = cameras(views, len(ids)), 1.866
@@ -590,9 +586,7 @@ def test_nmr(tmp_path, inverse, masks):
         check(load(path, seed=-1), poses[:1])
 
 
-# ------------------------------------------------------------------------------------------------
-# CLEVR-567
-# ------------------------------------------------------------------------------------------------
+# ---- CLEVR-567 ---------------------------------------------------------------------------------
 
 def test_clevr567(tmp_path):
     poses = cameras(4, 2)
@@ -612,9 +606,7 @@ def test_clevr567(tmp_path):
     assert load_clevr567(tmp_path, scenes=1, views=2, resolution=8).images.shape[:2] == (1, 2)
 
 
-# ------------------------------------------------------------------------------------------------
-# Your own pictures
-# ------------------------------------------------------------------------------------------------
+# ---- Your own pictures -------------------------------------------------------------------------
 
 def frames(poses, scale, name="./pictures/r_{}"):
     """Frames of a transforms.json, in OpenGL's axes."""
@@ -670,9 +662,7 @@ def test_folder_with_a_principal_point_off_the_middle(tmp_path):
         load(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------
-# CLEVR
-# ------------------------------------------------------------------------------------------------
+# ---- CLEVR -------------------------------------------------------------------------------------
 
 def simulated_scene(rng, count, split="val", index=0):
     """A scene of CLEVR's generator as its json has it, and the camera's centre."""
@@ -792,9 +782,7 @@ def test_clevr_files_are_read_in_part(tmp_path):
         load(file, resolution=8)
 
 
-# ------------------------------------------------------------------------------------------------
-# Bad input: one sentence that names the file
-# ------------------------------------------------------------------------------------------------
+# ---- Bad input: one sentence that names the file -----------------------------------------------
 
 def damage(kind, scene):
     """Damages an SRN scene; what the message says of it."""
@@ -980,9 +968,7 @@ def test_pictures_with_spoilt_exif_and_pipes_are_refused(tmp_path, exif):
         read_image(tmp_path / "pipe.png", 8)
 
 
-# ------------------------------------------------------------------------------------------------
-# README.md's recipes
-# ------------------------------------------------------------------------------------------------
+# ---- README.md's recipes -----------------------------------------------------------------------
 
 def recipe(word):
     """The one Python block of README.md that has this word."""
@@ -1534,7 +1520,7 @@ def test_planes_know_of_the_camera_fold_times_its_azimuth_alone():
         return model.encode(x_t, 100)
     assert all(torch.allclose(planes(20), planes(20 + turn), atol=1e-4) for turn in (90, 180, 270))
     assert (planes(20) - planes(65)).abs().max() > 1e-2
-    assert not hasattr(tiny_model(fold=0).unet, "compass")
+    assert tiny_model(fold=0).unet.compass is None
     model = tiny_model(fold=4).requires_grad_(True)         # no picture's error teaches the compass
     model(x_t, 100, PAIR[:1]).square().mean().backward()
     assert all(weight.grad is None for weight in model.unet.compass.parameters())
@@ -1552,14 +1538,52 @@ def test_the_compass_is_taught_the_camera_of_the_picture_that_is_encoded(share):
         def model(x_t, t, poses, pixels, jitter):
             return x0.flatten(2).mT[torch.arange(8)[:, None], pixels]
         model.unet = SimpleNamespace(facing=facing)
-        loss = rd.denoising_loss(model, ema, x0, orbit(azimuth, 30, 2.7), 0.5)
+        poses = orbit(azimuth, 30, ema.config.radius)
+        loss = rd.denoising_loss(model, ema, x0, poses, 0.5)
         assert loss.item() == pytest.approx(0.1 * shift ** 2 / 2, abs=1e-6)
+        elevation = torch.full((8, 1), math.sin(math.radians(30)) - shift)
+        model.unet.facing = torch.cat([facing, elevation], dim=1)       # if features are laid down
+        loss = rd.denoising_loss(model, ema, x0, poses, 0.5)
+        assert loss.item() == pytest.approx(0.1 * shift ** 2 * 2 / 3, abs=1e-6)
+
+
+@pytest.mark.parametrize("focal, radius", [(1.6, 2.9), (1.2, 4.0)])
+def test_features_are_laid_where_the_camera_sees_the_ground(focal, radius):
+    """A picture whose pixels hold their own place, against a pinhole projection of the ground."""
+    azimuth, elevation = torch.tensor([0.0, 70.0, 200.0, 315.0]), torch.tensor([20.0, 35, 50, 80])
+    poses, a, e = orbit(azimuth, elevation, radius), azimuth.deg2rad(), elevation.deg2rad()
+    facing = torch.stack([a.cos(), a.sin(), e.sin()], dim=1)
+    middles = (torch.arange(16) + 0.5) / 16
+    place = torch.stack(torch.meshgrid(middles, middles, indexing="xy")).expand(4, 2, 16, 16)
+    laid = rd.lay_down(place, facing, focal, radius)                            # (4, 2, y, x)
+    x, y = torch.meshgrid(2 * middles - 1, 2 * middles - 1, indexing="xy")
+    ground = torch.stack([x, y, 0 * x], dim=-1).view(-1, 3)
+    seen = (ground - poses[:, None, :3, 3]) @ poses[:, :3, :3]                  # (4, 256, 3)
+    expected = focal * seen[..., :2] / seen[..., 2:] + 0.5
+    inside = ((expected > 1 / 32) & (expected < 31 / 32)).all(-1)
+    assert inside.float().mean() > 0.4
+    assert torch.allclose(laid.flatten(2).mT[inside], expected[inside], atol=1e-5)
+
+
+def test_a_model_that_lays_features_down():
+    """It draws what stands off the middle from the other side, too; no picture's error teaches the
+    compass."""
+    model, x_t = tiny_model(lay_down=True, fold=0).requires_grad_(True), torch.randn(1, 3, 16, 16)
+    model(x_t, 100, PAIR[:1]).square().mean().backward()
+    assert all(weight.grad is None for weight in model.unet.compass.parameters())
+    assert model.unet.facing.shape == (1, 3)
+
+    def planes(azimuth):
+        facing = torch.tensor([[math.cos(azimuth), math.sin(azimuth), 0.5]])
+        model.unet.compass.forward = lambda x: facing
+        return model.encode(x_t, 100)
+    assert (planes(0.0) - planes(0.5)).abs().max() > 1e-2
 
 
 def test_the_compass_finds_the_camera_by_light_and_shadow():
     """Chance is 0.5. Over 3 seeds: 0.05 to 0.12."""
     torch.manual_seed(0)
-    compass, errors = rd.Compass(16), []
+    compass, errors = rd.Compass(16, 2), []
     adam = torch.optim.Adam(compass.parameters(), 3e-3)
     for step in range(150):
         views = synthetic("clevr1", 32, 1, 16, start=32 * step, depth=False)
@@ -2390,7 +2414,8 @@ BAD_LINES = """
     train --data boats: boats | train --lr nan: lr | train --resolution 48: resolution
     train --batch 0: batch | train --steps 0: steps | train --minutes nan: minutes
     train --seed -1: seed | train --out photo.png: photo.png | train --resume --out empty: empty
-    train --resume --unet-channels 32: clevr1.pt | train --resume --fold 1: fold"""
+    train --resume --unet-channels 32: clevr1.pt | train --resume --fold 1: fold
+    train --resume --lay-down: lay_down"""
 BAD_LINES = [pair.strip() for pair in re.split(r"\||\n", BAD_LINES) if pair.strip()]
 
 

@@ -24,9 +24,7 @@ import renderdiffusion as rd
 from data import camera_rays, orbit, synthetic
 
 
-# ------------------------------------------------------------------------------------------------
-# What is changed: losses, called as `denoising_loss` is, and networks
-# ------------------------------------------------------------------------------------------------
+# ---- What is changed: losses, called as `denoising_loss` is, and networks ----------------------
 
 def min_snr(model, ema, *rest):
     """Examples weigh min(SNR, 5), as Hang et al. 2023, section 3.4, has it for x0 prediction."""
@@ -115,9 +113,7 @@ RUNS = {    # what it is, fields of Config, loss, what of the module is another 
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# Running and measuring
-# ------------------------------------------------------------------------------------------------
+# ---- Running and measuring ---------------------------------------------------------------------
 
 @torch.no_grad()
 def measure(model, name, scenes):

@@ -38,9 +38,7 @@ import renderdiffusion as rd
 from data import camera_rays, synthetic
 
 
-# ------------------------------------------------------------------------------------------------
-# Measuring
-# ------------------------------------------------------------------------------------------------
+# ---- Measuring ---------------------------------------------------------------------------------
 
 def now():
     """The time, once the GPU has done all that it was told to."""
@@ -128,9 +126,7 @@ class Report:
         self.add(what, run, amount, unit, count(run), bf16)
 
 
-# ------------------------------------------------------------------------------------------------
-# Parts, training, sampling, memory
-# ------------------------------------------------------------------------------------------------
+# ---- Parts, training, sampling, memory ---------------------------------------------------------
 
 def parts(report, model):
     """Tracer, U-Net, look-ups and renderer, at the sizes of a training step."""
@@ -243,9 +239,7 @@ def peak_of(job, model):
             else megabytes("VmHWM") - before)
 
 
-# ------------------------------------------------------------------------------------------------
-# EG3D's renderer
-# ------------------------------------------------------------------------------------------------
+# ---- EG3D's renderer ---------------------------------------------------------------------------
 
 class SmallMLP(nn.Module):
     """An MLP C-64-4 that both renderers can use, density being softplus(x - 1) as EG3D has it."""
@@ -361,9 +355,7 @@ def equal_error(eg3d, model):
     return rows, rmse(exact, other)
 
 
-# ------------------------------------------------------------------------------------------------
-# Sampling steps
-# ------------------------------------------------------------------------------------------------
+# ---- Sampling steps ----------------------------------------------------------------------------
 
 def frechet(a, b):
     """The Frechet distance of Gaussians that fit two sets of features (N, D): the squared distance
@@ -423,9 +415,7 @@ def quality(model, total, steps):
     return rows
 
 
-# ------------------------------------------------------------------------------------------------
-# Tables
-# ------------------------------------------------------------------------------------------------
+# ---- Tables ------------------------------------------------------------------------------------
 
 def table(rows, first, **columns):
     """An aligned Markdown table: `what` of each row under `first`, then key="heading|format"."""

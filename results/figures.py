@@ -59,9 +59,7 @@ def plot(path, curves, xlabel, ylabel):
     rd.write(path, lambda file: figure.savefig(file, format="png"))
 
 
-# ------------------------------------------------------------------------------------------------
-# Held-out scenes
-# ------------------------------------------------------------------------------------------------
+# ---- Held-out scenes ---------------------------------------------------------------------------
 
 @torch.no_grad()
 def depth_error(model, views):
@@ -153,9 +151,7 @@ def loss(models, out, count=64):
     table(("t", *times), *((name, *map("{:.3f}".format, y)) for name, (_, y) in curves.items()))
 
 
-# ------------------------------------------------------------------------------------------------
-# Generated scenes
-# ------------------------------------------------------------------------------------------------
+# ---- Generated scenes --------------------------------------------------------------------------
 
 @torch.no_grad()
 def samples(models, out, count=64, frames=16):
@@ -185,9 +181,7 @@ def steps(models, out, count=8, calls=(10, 15, 20, 25, 50, 250, 1000)):
         rd.save_grid(out / "steps.png", rows)
 
 
-# ------------------------------------------------------------------------------------------------
-# Pictures unlike the training set, and pictures with a hole
-# ------------------------------------------------------------------------------------------------
+# ---- Pictures unlike the training set, and pictures with a hole --------------------------------
 
 def unlike(name, count, resolution):
     """`Views` of the same held-out scenes, two views each, as they are and changed.

@@ -22,9 +22,7 @@ from data import CLEVR_COLORS, CLEVR_NAMES, CLEVR_SHAPES, random_scenes, synthet
 REAL, JUDGED, READ = (rd.HELD_OUT - i for i in (0, 1, 3))       # seeds: no scene is in two of them
 
 
-# ------------------------------------------------------------------------------------------------
-# Networks
-# ------------------------------------------------------------------------------------------------
+# ---- Networks ----------------------------------------------------------------------------------
 
 class Network(nn.Module):
     """A CNN: pictures (B, 3, S, S) in [-1, 1] -> (B, outputs); `features` (B, 128) before that."""
@@ -103,9 +101,7 @@ def train_reader(name, resolution, count):
     return describe, read
 
 
-# ------------------------------------------------------------------------------------------------
-# Figures of merit
-# ------------------------------------------------------------------------------------------------
+# ---- Figures of merit --------------------------------------------------------------------------
 
 def told_apart(images, others):
     """The share of held-out pictures that a network of the same build puts on the right side.
