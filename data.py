@@ -367,12 +367,13 @@ def build_clevr1(parts, draw, ground, **kinds):
     clevr_object(parts, draw, 0, 0, torch.where(draw() < 0.5, 0.35, 0.44), ground, **kinds)
 
 
-def build_clevr(parts, draw, ground):
+def build_clevr(parts, draw, ground, spread=1.0):
     """One to four objects, each at the first of 24 random places that is clear of the others."""
     number, placed = 1 + draw.pick(4), []
     for i in range(4):
         r = torch.where(draw() < 0.5, 0.17, 0.28)
         places = torch.stack([parts.columns(draw(-0.6, 0.5), draw(-0.6, 0.5)) for _ in range(24)])
+        places = places * spread
         clear = (i < number).expand(24, -1)                                       # (24, N)
         for place, radius, there in placed:
             clear = clear & ~(there & ((places - place).norm(dim=-1) < r + radius + 0.04))
@@ -537,13 +538,17 @@ class BuiltIn:
     focal: float = 1.6          # in image widths
 
 
-SETS = {     # cubes are clevr1's hardest shape alone, for experiments
+SETS = {
     "clevr1": BuiltIn(build_clevr1, -0.45, (0.75, 0.75, 0.75), (20, 50), 2.7),
-    "cubes": BuiltIn(partial(build_clevr1, kinds=(BOX,)), -0.45, (0.75, 0.75, 0.75), (20, 50), 2.7),
     "clevr": BuiltIn(build_clevr, -0.30, (0.75, 0.75, 0.75), (20, 50), 2.9),
     "cars": BuiltIn(build_cars, -0.32, (0.82, 0.82, 0.82), (15, 45), 2.9),
     "chairs": BuiltIn(build_chairs, -0.70, (0.43, 0.17, 0.18), (15, 45), 3.1),
     "planes": BuiltIn(build_planes, -0.35, (0.43, 0.17, 0.18), (15, 50), 2.9),
+}
+SETS |= {    # steps on the way: clevr1's hardest shape alone, and clevr nearer to the middle
+    "cubes": replace(SETS["clevr1"], build=partial(build_clevr1, kinds=(BOX,))),
+    "clevr_35": replace(SETS["clevr"], build=partial(build_clevr, spread=0.35)),
+    "clevr_65": replace(SETS["clevr"], build=partial(build_clevr, spread=0.65)),
 }
 
 

@@ -3,11 +3,12 @@ Plain is the paper's scheme: no compass (`fold=0`), no other side.
 
     python results/ablations.py --minutes 6                     # all of them, one after the other
     python results/ablations.py --only plain l2 --data cars
+    python results/ablations.py --only plain other_side two_views --init cars
 
-Each starts from nothing, sees single views (but for `two_views`) and is measured on 128 held-out
-scenes. Prints a line after each run and a Markdown table at the end. Differences smaller than that
-between the first two rows mean nothing. What is changed is in here: renderdiffusion.py has no
-branch for any of it.
+Each starts from nothing, or from the weights --init, whose set and sizes it keeps, sees single
+views (but for `two_views`) and is measured on 128 held-out scenes. Prints a line after each run and
+a Markdown table at the end. Differences smaller than that between the first two rows mean nothing.
+What is changed is in here: renderdiffusion.py has no branch for any of it.
 """
 import argparse
 import sys
@@ -108,6 +109,10 @@ RUNS = {    # what it is, fields of Config, loss, what of the module is another 
              rd.denoising_loss, {}),
     "default": ("the same, later half of the examples from the other side: the defaults",
                 dict(fold=4, other_side=0.5), rd.denoising_loss, {}),
+    "lay_down": ("the same, and features are laid on the ground (`--lay-down`)",
+                 dict(fold=4, lay_down=True, other_side=0.5), rd.denoising_loss, {}),
+    "other_side": ("half of the examples from the other side, all the time",
+                   dict(other_side=0.5, other_side_from=0.0), rd.denoising_loss, {}),
     "relief": ("the azimuth itself is told to them (`--fold 1`)", dict(fold=1),
                rd.denoising_loss, {}),
 }
@@ -148,16 +153,17 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=6, help="of each training")
     parser.add_argument("--data", default="clevr1", help="built-in set")
+    parser.add_argument("--init", help="begin with these weights: a file, or a name")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="these runs")
     args = parser.parse_args()
-    rows = []
+    base, rows = rd.Config(data=args.data, fold=0), []
+    if args.init:
+        base = replace(rd.load_checkpoint(args.init).config, init=args.init)
     for name in args.only:
         with tempfile.TemporaryDirectory() as out:
-            config = rd.Config(data=args.data, minutes=args.minutes, fold=0, other_side=0.0,
-                               out=out)
-            rows.append(run(name, config))
+            rows.append(run(name, replace(base, minutes=args.minutes, other_side=0.0, out=out)))
         print(rows[-1], flush=True)
-    print("\n".join(["", f"| {args.data}, {args.minutes:g} minutes each | steps | input view, dB | "
+    print("\n".join(["", f"| {base.data}, {args.minutes:g} minutes each | steps | input view, dB | "
                      "novel views, dB |", "|---|---|---|---|", *rows]))
 
 
