@@ -14,8 +14,8 @@ cameras, it generates, reconstructs and inpaints scenes that can be looked at fr
     python renderdiffusion.py evaluate --json
     python renderdiffusion.py export                     # coloured points (.ply)
 
-Beyond the paper the encoder estimates its camera's azimuth (`fold`), and later in training some
-pictures are encoded from another side (`other_side`): both can be left away. All that differs, or
+Beyond the paper the encoder estimates its camera's azimuth (`fold`, `lay_down`), and later in
+training some pictures are encoded from another side (`other_side`): all can be left away. All that differs, or
 is our choice where the paper does not say: README.md, "Differences".
 
 Conventions
@@ -77,7 +77,7 @@ class Config:
     unet_channels: int = 48     # channels at S / 2, a multiple of 16; up to four times that below
     mlp_hidden: int = 64        # width of the MLP's two hidden layers
     fold: int = 4               # planes are told this times the estimated azimuth; 0: the paper's
-    lay_down: bool = False      # lay features on the ground: where objects stand off the middle
+    lay_down: bool = False      # lay features on the ground, for objects that stand anywhere
     samples: int = 16           # stratified samples a ray
     fine_samples: int = 16      # importance samples where those saw matter; not in training
     # diffusion
@@ -243,8 +243,9 @@ class Compass(nn.Module):
 
 
 def lay_down(features, facing, focal, radius):
-    """Features (B, c, H, H) of pictures -> (B, c, H, H): at (x, y), rows along y, stands what the
-    picture shows of the point (x, y, 0), from where `facing` (B, 3) says that its camera is.
+    """Features (B, c, H, H) of pictures as if these lay on the ground -> (B, c, H, H): at (x, y),
+    rows along y, is what the picture has where the point (x, y, 0) is seen from the camera that
+    `facing` (B, 3) tells, as the compass does. Known as inverse perspective mapping.
     """
     (c, s), sin = F.normalize(facing[:, :2], dim=1).mT[..., None, None], facing[:, 2, None, None]
     H = features.shape[-1]
@@ -269,8 +270,8 @@ class UNet(nn.Module):
     `fold` * b: with 4, cameras a quarter turn apart are the same to them, enough for how a box is
     turned, and too little for a relief that is right from one side alone.
 
-    Where an object stands needs b itself, and the elevation: with `lay_down` the stages on the way
-    up get features that are laid on the ground, where the estimated camera sees them.
+    Where an object stands follows from b itself and from the elevation, which the compass then
+    estimates, too: with `lay_down` the stages on the way up get features laid on the ground.
     """
 
     def __init__(self, config):

@@ -371,6 +371,16 @@ def test_cubes_are_the_cubes_of_clevr1():
     assert torch.equal(cubes.to_world[same], any_shape.to_world[same])
 
 
+@pytest.mark.parametrize("spread", [35, 65])
+def test_the_steps_to_clevr_have_its_scenes_nearer_to_the_middle(spread):
+    """First objects are the same but for their place; fewer others find room."""
+    near, clevr = (random_scenes(name, 500) for name in (f"clevr_{spread}", "clevr"))
+    place, scaled = near.to_world[:, 0, :2, 3], clevr.to_world[:, 0, :2, 3] * spread / 100
+    assert torch.allclose(place, scaled, atol=1e-6)
+    assert torch.equal(near.to_world[:, 0, :, :3], clevr.to_world[:, 0, :, :3])
+    assert 500 < (near.kind != EMPTY).sum() < (clevr.kind != EMPTY).sum()
+
+
 @pytest.mark.parametrize("name", list(SETS))
 def test_cameras_are_where_the_set_says(name):
     about, center = SETS[name], random_poses(name, 2000)[:, 0, :3, 3]
