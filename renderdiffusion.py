@@ -226,17 +226,21 @@ def multiply_angle(z, count):
 
 
 class Compass(nn.Module):
-    """Estimates where a picture was taken from: x_t (B, 3, S, S) -> (B, numbers), cosine and sine of
-    the camera's azimuth and, with 3 numbers, the sine of its elevation. Taught by the squared error, it gives their mean over what the picture
-    leaves open: a vector the shorter, the less can be told. Halves the picture down to 4 x 4.
+    """Estimates where a picture was taken from: x_t (B, 3, S, S) -> (B, numbers), the cosine and
+    sine of the camera's azimuth and, as a third number, the sine of its elevation. Taught by the
+    squared error, it gives the mean over what the picture leaves open: for the azimuth a vector the
+    shorter, the less can be told. `depth` (1 or 2) convolutions a size, from S / 2 down to 4 x 4.
     """
 
-    def __init__(self, S, numbers):
+    def __init__(self, S, numbers, depth):
         super().__init__()
-        widths = [3, *(min(32 << i, 128) for i in range(int(math.log2(S)) - 2))]
-        self.layers = nn.Sequential(*(layer for a, b in zip(widths, widths[1:]) for layer in (
-            nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU())),
-            nn.Conv2d(widths[-1], numbers, 4))                                 # all of 4 x 4
+        layers, a = [], 3
+        for i in range(int(math.log2(S)) - 2):
+            b = min(32 << i, 128)
+            for stride in (2, 1)[:depth]:
+                layers += [nn.Conv2d(a, b, 3, stride, padding=1), nn.GroupNorm(8, b), nn.SiLU()]
+                a = b
+        self.layers = nn.Sequential(*layers, nn.Conv2d(a, numbers, 4))         # all of 4 x 4
 
     def forward(self, x_t):
         return self.layers(x_t)[:, :, 0, 0].float()
@@ -295,8 +299,8 @@ class UNet(nn.Module):
                                     for side in down[1:])
         self.middle = block(4)
         self.config, self.facing = config, None
-        told = config.fold or config.lay_down
-        self.compass = Compass(S, 2 + config.lay_down) if told else None
+        self.compass = (Compass(S, 3, depth=2) if config.lay_down else
+                        Compass(S, 2, depth=1) if config.fold else None)
         self.turn = nn.Linear(2, 4 * base) if config.fold else None
         self.up = nn.ModuleList(block(side) for side in up)
         self.grow = nn.ModuleList(nn.Conv2d(width(side // 2), width(side), 1) for side in up[1:])

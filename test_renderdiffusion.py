@@ -1593,7 +1593,7 @@ def test_a_model_that_lays_features_down():
 def test_the_compass_finds_the_camera_by_light_and_shadow():
     """Chance is 0.5. Over 3 seeds: 0.05 to 0.12."""
     torch.manual_seed(0)
-    compass, errors = rd.Compass(16, 2), []
+    compass, errors = rd.Compass(16, 2, 1), []
     adam = torch.optim.Adam(compass.parameters(), 3e-3)
     for step in range(150):
         views = synthetic("clevr1", 32, 1, 16, start=32 * step, depth=False)
