@@ -14,8 +14,8 @@ cameras, it generates, reconstructs and inpaints scenes that can be looked at fr
     python renderdiffusion.py evaluate --json
     python renderdiffusion.py export                     # coloured points (.ply)
 
-Beyond the paper the encoder estimates its camera's azimuth (`fold`, `lay_down`), and later in
-training some pictures are encoded from another side (`other_side`): all can be left away. All that differs, or
+Beyond the paper the encoder estimates its camera (`fold`, `lay_down`), and later in training some
+pictures are encoded from another side (`other_side`): all can be left away. What else differs, or
 is our choice where the paper does not say: README.md, "Differences".
 
 Conventions
