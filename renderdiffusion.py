@@ -560,7 +560,9 @@ def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1, seen=None):
         facing, unet.facing = unet.facing, None             # kept, it would forbid deepcopy
         position = seen_from[:, :3, 3] / ema.config.radius
         truth = torch.cat([F.normalize(position[:, :2], dim=1), position[:, 2:]], dim=1)
-        loss = loss + 0.1 * F.mse_loss(facing, truth[:, :facing.shape[1]])
+        error = facing - truth[:, :facing.shape[1]]
+        error[:, 2:] *= 5                                   # elevations differ by less
+        loss = loss + 0.1 * error.square().mean()
     return loss
 
 

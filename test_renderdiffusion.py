@@ -1554,7 +1554,7 @@ def test_the_compass_is_taught_the_camera_of_the_picture_that_is_encoded(share):
         elevation = torch.full((8, 1), math.sin(math.radians(30)) - shift)
         model.unet.facing = torch.cat([facing, elevation], dim=1)       # if features are laid down
         loss = rd.denoising_loss(model, ema, x0, poses, 0.5)
-        assert loss.item() == pytest.approx(0.1 * shift ** 2 * 2 / 3, abs=1e-6)
+        assert loss.item() == pytest.approx(0.1 * (1 + 25) * shift ** 2 / 3, abs=1e-6)
 
 
 @pytest.mark.parametrize("focal, radius", [(1.6, 2.9), (1.2, 4.0)])
