@@ -555,8 +555,8 @@ def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1, seen=None):
     x0_hat = model(x_t, t, poses, pixels, jitter)                              # (B, n, 3)
     target = x0.flatten(2).mT.take_along_dim(pixels[..., None], dim=1)
     loss = F.l1_loss(x0_hat, target) if config.loss == "l1" else F.mse_loss(x0_hat, target)
-    unet = getattr(model, "module", model).unet             # `module`: what is parallel, if so
-    if unet.facing is not None: # teaches the compass alone: the planes are not to bend its estimate
+    if ema.unet.compass:        # teaches the compass alone: the planes are not to bend its estimate
+        unet = getattr(model, "module", model).unet         # `module`: what is parallel, if so
         facing, unet.facing = unet.facing, None             # kept, it would forbid deepcopy
         position = seen_from[:, :3, 3] / ema.config.radius
         truth = torch.cat([F.normalize(position[:, :2], dim=1), position[:, 2:]], dim=1)

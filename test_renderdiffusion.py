@@ -2637,6 +2637,18 @@ def test_ablations_change_what_they_say(monkeypatch, tmp_path):
     moves = [torch.linalg.inv(x[:, :1]) @ x for x in (plain, poses)]
     assert torch.allclose(*moves, atol=1e-5)
 
+    x0, poses, ema = torch.rand(4, 3, 16, 16), PAIR.repeat(2, 1, 1), tiny_model(fold=0)
+    flat = SimpleNamespace(unet=None, encode=lambda *_: None, march=lambda _, origins, directions,
+                           jitter: [torch.full_like(jitter[..., :3], 0.25)])
+    torch.manual_seed(0)
+    extra = ablations.extent(flat, ema, x0, poses, 0)
+    torch.manual_seed(0)                # the same, as if nothing else were looked at
+    extra -= rd.denoising_loss(lambda x_t, t, poses, pixels, jitter: torch.full_like(
+        jitter[..., :3], -0.5), ema, x0, poses, 0)
+    away = (x0 - (ema.background * 2 - 1).view(3, 1, 1)).flatten(1).abs(), (ema.background * 2 - 1 + 0.5).abs().mean()
+    expected = sum((away[0] ** k).mean(1).sub(away[1] ** k).abs().mean() for k in (1, 2))
+    assert extra.item() == pytest.approx(expected.item(), abs=1e-5)
+
     model, x0 = tiny_model(fold=0).requires_grad_(True), torch.rand(4, 3, 16, 16) * 2 - 1
     poses, gradients, asked = PAIR.repeat(2, 1, 1), [], []
 

@@ -48,6 +48,31 @@ def two_views(model, ema, x0, poses, progress, rank=0, world=1):
                              seen=(views.images[:, 0], views.poses[:, 0]))
 
 
+def extent(model, ema, x0, poses, *rest):
+    """And from another picture's camera there is as much to be seen as in the picture: of
+    |x - background| and of its square, averaged over 256 pixels of each. That view is not known,
+    but its camera is drawn like all; a streak along the picture's rays is larger there, or paler.
+    """
+    config, background, seen = ema.config, ema.background * 2 - 1, []
+
+    def looking_twice(x_t, t, poses, pixels, jitter):
+        rays = camera_rays(poses, config.focal, config.resolution)
+        there = torch.rand(len(x_t), config.resolution ** 2, device=x_t.device).topk(256).indices
+        both = [torch.cat([r.take_along_dim(pixels[..., None], 1),
+                           r.roll(1, 0).take_along_dim(there[..., None], 1)], 1) for r in rays]
+        jitter = torch.cat([jitter, torch.rand(len(x_t), 256, config.samples).to(jitter)], 1)
+        shown = model.march(model.encode(x_t, t), *both, jitter)[0] * 2 - 1
+        seen.append(shown[:, pixels.shape[1]:])
+        return shown[:, :pixels.shape[1]]
+    looking_twice.unet = model.unet
+    value = rd.denoising_loss(looking_twice, ema, x0, poses, *rest)
+    found, true = (seen[0] - background).abs(), (x0.flatten(2).mT - background).abs()
+    for power in (1, 2):
+        much = [(x ** power).mean((1, 2)) for x in (found, true)]                  # (B,) each
+        value = value + nn.functional.l1_loss(*much)
+    return value
+
+
 def front(config, device="cpu"):
     """The one camera (4, 4) from which `billboard` takes every picture to be."""
     return orbit(0.0, sum(config.elevation) / 2, config.radius).to(device)
@@ -111,6 +136,8 @@ RUNS = {    # what it is, fields of Config, loss, what of the module is another 
                 dict(fold=4, other_side=0.5), rd.denoising_loss, {}),
     "lay_down": ("the same, and features are laid on the ground (`--lay-down`)",
                  dict(fold=4, lay_down=True, other_side=0.5), rd.denoising_loss, {}),
+    "extent": ("the same, and as much is to be seen from another side", dict(
+        fold=4, lay_down=True, other_side=0.5, other_side_from=0.0), extent, {}),
     "other_side": ("half of the examples from the other side, all the time",
                    dict(other_side=0.5, other_side_from=0.0), rd.denoising_loss, {}),
     "relief": ("the azimuth itself is told to them (`--fold 1`)", dict(fold=1),
