@@ -6,6 +6,7 @@
 
 scores      novel views and depth on held-out scenes, beside what needs no 3D
 shapes      clevr1 by shape, and how far cubes are turned as they should be
+marching    novel views by how many samples a ray has
 samples     NAME_samples.gif: 64 generated scenes, turning
 steps       steps.png: the same noise, by network calls, with times
 t_r         t_r.png, t_r_pictures.png: novel views by t_r, for inputs like the training set and not
@@ -149,6 +150,27 @@ def loss(models, out, count=64):
         curves[name] = times, errors
     plot(out / "loss.png", curves, "t", "mean |error|, images in [-1, 1]")
     table(("t", *times), *((name, *map("{:.3f}".format, y)) for name, (_, y) in curves.items()))
+
+
+@torch.no_grad()
+def marching(models, out, count=24):
+    """Novel views by samples a ray: random ones, as in training, or as `render` places them."""
+    rows = [("novel views, dB", "16 random", "24 random", "32 random", "16 + 16", "128 + 128")]
+    for name, model in models.items():
+        S = model.config.resolution
+        views = synthetic(name, count, 2, S, rd.HELD_OUT, depth=False)
+        planes, truth = rd.reconstruct(model, views.images[:, 0]), rd.to_unit(views.images[:, 1])
+        rays = camera_rays(views.poses[:, 1], views.focal, S)
+
+        def field(points):
+            return model.mlp(points, rd.sample_triplanes(planes, points))
+        torch.manual_seed(0)
+        shown = [rd.march(field, *rays, samples, fine, model.background,
+                          None if fine else torch.rand(count, S * S, samples))[0]
+                 for samples, fine in ((16, 0), (24, 0), (32, 0), (16, 16), (128, 128))]
+        rows.append((name, *(f"{rd.psnr(rgb.mT.reshape(-1, 3, S, S), truth).mean():.2f}"
+                             for rgb in shown)))
+    table(*rows)
 
 
 # ---- Generated scenes --------------------------------------------------------------------------
@@ -299,7 +321,7 @@ def training(models, out, count=64, minutes=12.0, marks=(1, 2, 5, 10)):
     table(*zip(*scored))
 
 
-FIGURES = {f.__name__: f for f in (scores, shapes, samples, steps, t_r, inpainting, loss,
+FIGURES = {f.__name__: f for f in (scores, shapes, marching, samples, steps, t_r, inpainting, loss,
                                    generation, training)}
 
 
