@@ -368,12 +368,13 @@ def build_clevr1(parts, draw, ground, **kinds):
 
 
 def build_clevr(parts, draw, ground, spread=1.0):
-    """One to four objects, each at the first of 24 random places that is clear of the others."""
+    """One to four objects, each at the first of 24 random places that is clear of the others; the
+    places are scaled by `spread`, towards the middle."""
     number, placed = 1 + draw.pick(4), []
     for i in range(4):
         r = torch.where(draw() < 0.5, 0.17, 0.28)
-        places = torch.stack([parts.columns(draw(-0.6, 0.5), draw(-0.6, 0.5)) for _ in range(24)])
-        places = places * spread
+        places = spread * torch.stack([parts.columns(draw(-0.6, 0.5), draw(-0.6, 0.5))
+                                       for _ in range(24)])                       # (24, N, 2)
         clear = (i < number).expand(24, -1)                                       # (24, N)
         for place, radius, there in placed:
             clear = clear & ~(there & ((places - place).norm(dim=-1) < r + radius + 0.04))

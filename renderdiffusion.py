@@ -15,7 +15,7 @@ cameras, it generates, reconstructs and inpaints scenes that can be looked at fr
     python renderdiffusion.py export                     # coloured points (.ply)
 
 Beyond the paper the encoder estimates its camera (`fold`, `lay_down`), and later in training some
-pictures are encoded from another side (`other_side`): all can be left away. What else differs, or
+pictures are encoded from another side (`other_side`): options, all of them. What else differs, or
 is our choice where the paper does not say: README.md, "Differences".
 
 Conventions
@@ -63,7 +63,7 @@ from data import SETS, camera_rays, load, mix, open_picture, orbit, read_image, 
 class Config:
     """Everything a training depends on: `train`'s options, and saved in every checkpoint."""
     # data
-    data: str = "clevr1"        # clevr1, cubes, clevr, cars, chairs, planes (built in) or a folder
+    data: str = "clevr1"        # a built-in set (clevr1, clevr, cars, chairs, planes...) or a folder
     scenes: int = 0             # scenes to train on; 0: fresh ones for ever (built-in sets)
     views: int = 1              # pictures of a scene (of a fixed number of scenes), each on its own
     resolution: int = 32        # image side S, a power of two from 16 to 256
@@ -77,7 +77,7 @@ class Config:
     unet_channels: int = 48     # channels at S / 2, a multiple of 16; up to four times that below
     mlp_hidden: int = 64        # width of the MLP's two hidden layers
     fold: int = 4               # planes are told this times the estimated azimuth; 0: the paper's
-    lay_down: bool = False      # lay features on the ground, for objects that stand anywhere
+    lay_down: bool = False      # lay features on a level plane, for objects that stand anywhere
     samples: int = 16           # stratified samples a ray
     fine_samples: int = 16      # importance samples where those saw matter; not in training
     # diffusion
@@ -247,17 +247,20 @@ class Compass(nn.Module):
 
 
 def lay_down(features, facing, focal, radius):
-    """Features (B, c, H, H) of pictures as if these lay on the ground -> (B, c, H, H): at (x, y),
-    rows along y, is what the picture has where the point (x, y, 0) is seen from the camera that
-    `facing` (B, 3) tells, as the compass does. Known as inverse perspective mapping.
+    """Features (B, c, H, H) of pictures, laid on the level plane z = 0 -> (B, c, H, H), row y, column
+    x: what a picture has where the point (x, y, 0) is seen, 0 outside of it.
+
+    facing (B, 3) tells where the camera is, as the compass does; it looks at the origin from
+    `radius` world units, with `focal` image widths. Known as inverse perspective mapping.
     """
     (c, s), sin = F.normalize(facing[:, :2], dim=1).mT[..., None, None], facing[:, 2, None, None]
     H = features.shape[-1]
     x = (2 * torch.arange(H, device=facing.device) + 1) / H - 1                 # texels' middles
     y = x[:, None]
     near, right = c * x + s * y, c * y - s * x                  # towards the camera, (B, H, H)
-    depth = (radius - near * (1 - sin ** 2).clamp(min=0).sqrt()).clamp(min=0.1)
-    grid = 2 * focal * torch.stack([right, near * sin], dim=-1) / depth[..., None]
+    depth = radius - near * (1 - sin ** 2).clamp(min=0).sqrt()
+    # what is behind a camera that stands within the cube is not to be divided by zero
+    grid = 2 * focal * torch.stack([right, near * sin], dim=-1) / depth.clamp(min=0.1)[..., None]
     return F.grid_sample(features.float(), grid, align_corners=False).to(features)
 
 
@@ -274,8 +277,9 @@ class UNet(nn.Module):
     `fold` * b: with 4, cameras a quarter turn apart are the same to them, enough for how a box is
     turned, and too little for a relief that is right from one side alone.
 
-    Where an object stands follows from b itself and from the elevation, which the compass then
-    estimates, too: with `lay_down` the stages on the way up get features laid on the ground.
+    Where an object stands follows from b itself and from the elevation. With `lay_down` the compass
+    estimates both, and the stages on the way up get features laid on a level plane: they know the
+    camera then, and reliefs are possible again.
     """
 
     def __init__(self, config):
@@ -322,8 +326,8 @@ class UNet(nn.Module):
             emb = emb + self.turn(multiply_angle(facing[:, :2], self.config.fold))
         if self.config.lay_down:
             camera = facing, self.config.focal, self.config.radius
-            h = lay_down(h, *camera)
-            skips = {side: lay_down(skip, *camera) for side, skip in skips.items()}
+            h, skips = lay_down(h, *camera), {side: lay_down(skip, *camera) for side, skip in
+                                              skips.items() if side <= self.config.plane_size // 2}
         for i, block in enumerate(self.up):
             if i:
                 h = F.interpolate(self.grow[i - 1](h), scale_factor=2)
@@ -558,8 +562,8 @@ def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1, seen=None):
     if ema.unet.compass:        # teaches the compass alone: the planes are not to bend its estimate
         unet = getattr(model, "module", model).unet         # `module`: what is parallel, if so
         facing, unet.facing = unet.facing, None             # kept, it would forbid deepcopy
-        position = seen_from[:, :3, 3] / ema.config.radius
-        truth = torch.cat([F.normalize(position[:, :2], dim=1), position[:, 2:]], dim=1)
+        azimuth, sine = F.normalize(seen_from[:, :3, 3], dim=1).split((2, 1), dim=1)
+        truth = torch.cat([F.normalize(azimuth, dim=1), sine], dim=1)
         error = facing - truth[:, :facing.shape[1]]
         error[:, 2:] *= 5                                   # elevations differ by less
         loss = loss + 0.1 * error.square().mean()
@@ -619,8 +623,8 @@ def train(config, loss=denoising_loss):
     if config.init:
         weights = load_checkpoint(config.init, device)
         try:
-            if (weights.config.fold, weights.config.lay_down) != (config.fold, config.lay_down):
-                raise RuntimeError                          # of the same shapes
+            if weights.config.fold != config.fold:          # of the same shapes
+                raise RuntimeError
             model.load_state_dict(weights.state_dict())
         except RuntimeError:
             raise ValueError(f"the weights {config.init} are of another model: give this one the "

@@ -1548,7 +1548,7 @@ def test_the_compass_is_taught_the_camera_of_the_picture_that_is_encoded(share):
         def model(x_t, t, poses, pixels, jitter):
             return x0.flatten(2).mT[torch.arange(8)[:, None], pixels]
         model.unet = SimpleNamespace(facing=facing)
-        poses = orbit(azimuth, 30, ema.config.radius)
+        poses = orbit(azimuth, 30, 5.0)
         loss = rd.denoising_loss(model, ema, x0, poses, 0.5)
         assert loss.item() == pytest.approx(0.1 * shift ** 2 / 2, abs=1e-6)
         elevation = torch.full((8, 1), math.sin(math.radians(30)) - shift)
@@ -1575,19 +1575,21 @@ def test_features_are_laid_where_the_camera_sees_the_ground(focal, radius):
     assert torch.allclose(laid.flatten(2).mT[inside], expected[inside], atol=1e-5)
 
 
-def test_a_model_that_lays_features_down():
-    """It draws what stands off the middle from the other side, too; no picture's error teaches the
-    compass."""
-    model, x_t = tiny_model(lay_down=True, fold=0).requires_grad_(True), torch.randn(1, 3, 16, 16)
+@pytest.mark.parametrize("fold", [0, 4])
+def test_a_model_that_lays_features_down(fold):
+    """Its planes depend on the estimated camera, and no picture's error teaches the compass."""
+    model = tiny_model(lay_down=True, fold=fold).requires_grad_(True)
+    x_t = torch.randn(1, 3, 16, 16)
     model(x_t, 100, PAIR[:1]).square().mean().backward()
     assert all(weight.grad is None for weight in model.unet.compass.parameters())
     assert model.unet.facing.shape == (1, 3)
 
-    def planes(azimuth):
-        facing = torch.tensor([[math.cos(azimuth), math.sin(azimuth), 0.5]])
+    def planes(azimuth, sine):
+        facing = torch.tensor([[math.cos(azimuth), math.sin(azimuth), sine]])
         model.unet.compass.forward = lambda x: facing
         return model.encode(x_t, 100)
-    assert (planes(0.0) - planes(0.5)).abs().max() > 1e-2
+    for other in ((math.pi / 2, 0.5), (0.0, 0.7)):              # `fold` alone sees no quarter turn
+        assert (planes(0.0, 0.5) - planes(*other)).abs().max() > 1e-2
 
 
 def test_the_compass_finds_the_camera_by_light_and_shadow():
@@ -2637,16 +2639,24 @@ def test_ablations_change_what_they_say(monkeypatch, tmp_path):
     moves = [torch.linalg.inv(x[:, :1]) @ x for x in (plain, poses)]
     assert torch.allclose(*moves, atol=1e-5)
 
-    x0, poses, ema = torch.rand(4, 3, 16, 16), PAIR.repeat(2, 1, 1), tiny_model(fold=0)
-    flat = SimpleNamespace(unet=None, encode=lambda *_: None, march=lambda _, origins, directions,
-                           jitter: [torch.full_like(jitter[..., :3], 0.25)])
+    x0, ema = torch.rand(4, 3, 16, 16), tiny_model(fold=0, other_side=0.0)
+    poses = orbit(torch.arange(4) * 90.0, 30, 2.7)
+    centers, n = poses[:, None, :3, 3], ema.config.rays
+
+    def march(planes, origins, directions, jitter):             # flat grey, from two cameras
+        assert torch.allclose(origins[:, :n], centers.expand(4, n, 3))
+        assert torch.allclose(origins[:, n:], centers.roll(2, 0).expand(4, 256, 3))
+        return [torch.full_like(origins, 0.25)]
     torch.manual_seed(0)
-    extra = ablations.extent(flat, ema, x0, poses, 0)
+    extra = ablations.extent(SimpleNamespace(unet=None, encode=lambda *_: None, march=march), ema,
+                             x0, poses, 0)
     torch.manual_seed(0)                # the same, as if nothing else were looked at
     extra -= rd.denoising_loss(lambda x_t, t, poses, pixels, jitter: torch.full_like(
-        jitter[..., :3], -0.5), ema, x0, poses, 0)
-    away = (x0 - (ema.background * 2 - 1).view(3, 1, 1)).flatten(1).abs(), (ema.background * 2 - 1 + 0.5).abs().mean()
-    expected = sum((away[0] ** k).mean(1).sub(away[1] ** k).abs().mean() for k in (1, 2))
+        pixels[..., None].expand(-1, -1, 3), -0.5, dtype=torch.float), ema, x0, poses, 0)
+    background = (ema.background * 2 - 1).view(3, 1, 1)
+    away = (x0 - background).abs(), (torch.tensor(-0.5) - background).abs()
+    expected = sum(((away[0] ** k).mean((1, 2, 3)) - (away[1] ** k).mean()).abs().mean()
+                   for k in (1, 2))
     assert extra.item() == pytest.approx(expected.item(), abs=1e-5)
 
     model, x0 = tiny_model(fold=0).requires_grad_(True), torch.rand(4, 3, 16, 16) * 2 - 1

@@ -5,7 +5,7 @@ Plain is the paper's scheme: no compass (`fold=0`), no other side.
     python results/ablations.py --only plain l2 --data cars
     python results/ablations.py --only plain other_side two_views --init cars
 
-Each starts from nothing, or from the weights --init, whose set and sizes it keeps, sees single
+Each starts from nothing, or from the weights --init, whose set and network it keeps, sees single
 views (but for `two_views`) and is measured on 128 held-out scenes. Prints a line after each run and
 a Markdown table at the end. Differences smaller than that between the first two rows mean nothing.
 What is changed is in here: renderdiffusion.py has no branch for any of it.
@@ -49,18 +49,21 @@ def two_views(model, ema, x0, poses, progress, rank=0, world=1):
 
 
 def extent(model, ema, x0, poses, *rest):
-    """And from another picture's camera there is as much to be seen as in the picture: of
-    |x - background| and of its square, averaged over 256 pixels of each. That view is not known,
-    but its camera is drawn like all; a streak along the picture's rays is larger there, or paler.
+    """`denoising_loss`, and a view from yet another picture's camera must show as much as the
+    picture does, by the means of |x - background| and of its square: over 256 pixels there, over
+    all of the picture. A streak along the picture's rays shows more from there, or is paler. Not
+    every object does look as large from all sides; this is right on average. One process.
     """
     config, background, seen = ema.config, ema.background * 2 - 1, []
 
     def looking_twice(x_t, t, poses, pixels, jitter):
         rays = camera_rays(poses, config.focal, config.resolution)
         there = torch.rand(len(x_t), config.resolution ** 2, device=x_t.device).topk(256).indices
+        # by 2: the next one's camera may be the other side that was encoded
         both = [torch.cat([r.take_along_dim(pixels[..., None], 1),
-                           r.roll(1, 0).take_along_dim(there[..., None], 1)], 1) for r in rays]
-        jitter = torch.cat([jitter, torch.rand(len(x_t), 256, config.samples).to(jitter)], 1)
+                           r.roll(2, 0).take_along_dim(there[..., None], 1)], 1) for r in rays]
+        jitter = torch.cat([jitter, torch.rand(len(x_t), 256, config.samples, device=x_t.device)],
+                           dim=1)
         shown = model.march(model.encode(x_t, t), *both, jitter)[0] * 2 - 1
         seen.append(shown[:, pixels.shape[1]:])
         return shown[:, :pixels.shape[1]]
@@ -134,13 +137,13 @@ RUNS = {    # what it is, fields of Config, loss, what of the module is another 
              rd.denoising_loss, {}),
     "default": ("the same, later half of the examples from the other side: the defaults",
                 dict(fold=4, other_side=0.5), rd.denoising_loss, {}),
-    "lay_down": ("the same, and features are laid on the ground (`--lay-down`)",
+    "lay_down": ("the defaults, and features are laid on a level plane (`--lay-down`)",
                  dict(fold=4, lay_down=True, other_side=0.5), rd.denoising_loss, {}),
-    "extent": ("the same, and as much is to be seen from another side", dict(
+    "extent": ("so from the start, and as much is to be seen from another side", dict(
         fold=4, lay_down=True, other_side=0.5, other_side_from=0.0), extent, {}),
     "other_side": ("half of the examples from the other side, all the time",
                    dict(other_side=0.5, other_side_from=0.0), rd.denoising_loss, {}),
-    "relief": ("the azimuth itself is told to them (`--fold 1`)", dict(fold=1),
+    "relief": ("the azimuth itself is told to the planes (`--fold 1`)", dict(fold=1),
                rd.denoising_loss, {}),
 }
 
@@ -183,9 +186,12 @@ def main():
     parser.add_argument("--init", help="begin with these weights: a file, or a name")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="these runs")
     args = parser.parse_args()
+    if args.init and not set(args.only) <= {"plain", "l2", "clean", "other_side", "two_views"}:
+        parser.error("with --init, name runs by --only that leave the network as it is")
     base, rows = rd.Config(data=args.data, fold=0), []
     if args.init:
-        base = replace(rd.load_checkpoint(args.init).config, init=args.init)
+        base = replace(rd.load_checkpoint(args.init).config, init=args.init, resume=False,
+                       device="auto")
     for name in args.only:
         with tempfile.TemporaryDirectory() as out:
             rows.append(run(name, replace(base, minutes=args.minutes, other_side=0.0, out=out)))

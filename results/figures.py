@@ -155,7 +155,8 @@ def loss(models, out, count=64):
 @torch.no_grad()
 def marching(models, out, count=24):
     """Novel views by samples a ray: random ones, as in training, or as `render` places them."""
-    rows = [("novel views, dB", "16 random", "24 random", "32 random", "16 + 16", "128 + 128")]
+    rows = [("novel views, dB", *(f"{k} random" for k in (16, 24, 32)), "16 + 16", "24 + 8",
+             "64 + 64")]
     for name, model in models.items():
         S = model.config.resolution
         views = synthetic(name, count, 2, S, rd.HELD_OUT, depth=False)
@@ -167,7 +168,7 @@ def marching(models, out, count=24):
         torch.manual_seed(0)
         shown = [rd.march(field, *rays, samples, fine, model.background,
                           None if fine else torch.rand(count, S * S, samples))[0]
-                 for samples, fine in ((16, 0), (24, 0), (32, 0), (16, 16), (128, 128))]
+                 for samples, fine in ((16, 0), (24, 0), (32, 0), (16, 16), (24, 8), (64, 64))]
         rows.append((name, *(f"{rd.psnr(rgb.mT.reshape(-1, 3, S, S), truth).mean():.2f}"
                              for rgb in shown)))
     table(*rows)
