@@ -63,7 +63,7 @@ from data import SETS, camera_rays, load, mix, open_picture, orbit, read_image, 
 class Config:
     """Everything a training depends on: `train`'s options, and saved in every checkpoint."""
     # data
-    data: str = "clevr1"        # a built-in set (clevr1, clevr, cars, chairs, planes...) or a folder
+    data: str = "clevr1"        # a built-in set (clevr1, clevr, cars, chairs, planes) or a folder
     scenes: int = 0             # scenes to train on; 0: fresh ones for ever (built-in sets)
     views: int = 1              # pictures of a scene (of a fixed number of scenes), each on its own
     resolution: int = 32        # image side S, a power of two from 16 to 256
@@ -247,8 +247,8 @@ class Compass(nn.Module):
 
 
 def lay_down(features, facing, focal, radius):
-    """Features (B, c, H, H) of pictures, laid on the level plane z = 0 -> (B, c, H, H), row y, column
-    x: what a picture has where the point (x, y, 0) is seen, 0 outside of it.
+    """Features (B, c, H, H) of pictures, laid on the level plane z = 0 -> (B, c, H, H), in row y and
+    column x: what a picture has where the point (x, y, 0) is seen, 0 outside of it.
 
     facing (B, 3) tells where the camera is, as the compass does; it looks at the origin from
     `radius` world units, with `focal` image widths. Known as inverse perspective mapping.
