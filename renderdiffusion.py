@@ -247,8 +247,8 @@ class Compass(nn.Module):
 
 
 def lay_down(features, facing, focal, radius):
-    """Features (B, c, H, H) of pictures, laid on the level plane z = 0 -> (B, c, H, H), in row y and
-    column x: what a picture has where the point (x, y, 0) is seen, 0 outside of it.
+    """Features (B, c, H, H) of pictures, laid on the level plane z = 0 -> (B, c, H, H), in row y
+    and column x: what a picture has where the point (x, y, 0) is seen, 0 outside of it.
 
     facing (B, 3) tells where the camera is, as the compass does; it looks at the origin from
     `radius` world units, with `focal` image widths. Known as inverse perspective mapping.
