@@ -78,8 +78,8 @@ class Config:
     mlp_hidden: int = 64        # width of the MLP's two hidden layers
     fold: int = 4               # planes are told this times the estimated azimuth; 0: the paper's
     lay_down: bool = False      # lay features on a level plane, for objects that stand anywhere
-    samples: int = 16           # stratified samples a ray
-    fine_samples: int = 16      # importance samples where those saw matter; not in training
+    samples: int = 12           # stratified samples a ray
+    fine_samples: int = 12      # importance samples where those saw matter
     # diffusion
     timesteps: int = 1000       # T
     schedule: str = "cosine"    # cosine or linear
@@ -87,6 +87,7 @@ class Config:
     clean: float = 0.2          # share of examples at t = 0, from which reconstruction starts
     other_side: float = 0.5     # share of examples encoded from another side; 0: the paper's scheme
     other_side_from: float = 0.4    # from this part of the training on
+    shift: float = 0.0          # encoded so, scenes are moved by up to this along x and y
     # training
     batch: int = 16             # images a step and process
     rays: int = 256             # rays an image
@@ -124,8 +125,9 @@ LIMITS = {      # of a field or an option, or all that it can be; not here: from
     "unet_channels": range(16, 1025, 16), "mlp_hidden": (1, 4096), "fold": (0, 8),
     "samples": (1, 4096), "timesteps": (1, 1e6), "schedule": ["cosine", "linear"],
     "loss": ["l1", "l2"], "clean": (0, 0.99), "other_side": (0, 1), "other_side_from": (0, 1),
-    "batch": (1, 1e6), "rays": (1, 65536), "empty_rays": (1e-3, 1), "steps": (1, 1e9),
-    "lr": (1e-9, 10), "ema": (0, 0.99999), "count": (1, 1000), "eta": (0, 1), "fillings": (1, 100)}
+    "shift": (0, 1), "batch": (1, 1e6), "rays": (1, 65536), "empty_rays": (1e-3, 1),
+    "steps": (1, 1e9), "lr": (1e-9, 10), "ema": (0, 0.99999), "count": (1, 1000), "eta": (0, 1),
+    "fillings": (1, 100)}
 
 
 def check(name, value):
@@ -482,13 +484,12 @@ class RenderDiffusion(nn.Module):
 
     def march(self, planes, origins, directions, jitter=None, fine=True):
         """Rays (B, R, 3) through planes -> rgb (B, R, 3) in [0, 1], depth, opacity (B, R); without
-        importance samples if jitter (B, R, samples) is given, as in training, or not `fine`.
+        importance samples if not `fine`. jitter: as for the function of this name.
         """
         def field(points):
             return self.mlp(points, sample_triplanes(planes, points))
         return march(field, origins, directions, self.config.samples,
-                     self.config.fine_samples if fine and jitter is None else 0,
-                     self.background, jitter)
+                     self.config.fine_samples if fine else 0, self.background, jitter)
 
     def render(self, planes, poses, focal=None, resolution=None, fine=True):
         """Planes (B, 3, C, N, N) from poses (B, 4, 4) or a single one -> rgb (B, 3, S, S) in
@@ -526,8 +527,9 @@ def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1, seen=None):
     The paper's scheme: noise the picture, encode it, render it again from its own camera. From
     `other_side_from` on, in a share of the examples what is noised is what the averaged model shows
     of the scene from another picture's camera. So planes must hold where the camera did not look,
-    and training still sees one view a scene. seen: images and poses, like x0 and poses, that are
-    encoded in their place (None: themselves).
+    and training still sees one view a scene. With `shift` that scene is moved along the ground: so
+    what is sharp in the middle teaches what stands off it. seen: images and poses, like x0 and
+    poses, that are encoded in their place (None: themselves).
     Each of `world` processes draws the numbers of all and takes its own: together they are one.
     """
     config, B, device = ema.config, len(x0), x0.device
@@ -545,8 +547,11 @@ def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1, seen=None):
     if chosen and progress >= config.other_side_from:
         source, seen_from = source.clone(), seen_from.clone()
         seen_from[chosen] = others = poses.roll(1, dims=0)[chosen]
+        moved = torch.zeros_like(poses)         # by as much as a scene: the camera sees no change
+        moved[chosen, :2, 3] = config.shift * (2 * draw(2)[chosen] - 1)
         with torch.no_grad():
-            source[chosen] = ema.render(ema.encode(x0[chosen], 0), others)[0]
+            source[chosen] = ema.render(ema.encode(x0[chosen], 0), others - moved[chosen])[0]
+        poses = poses + moved
     noise = torch.randn(world * B, *x0.shape[1:], device=device)[mine]
     x_t = ema.schedule.add_noise(source, t, noise)
     # Mere background is soon learnt: its pixels have weight `empty_rays` in the draw, all others
@@ -555,7 +560,7 @@ def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1, seen=None):
     weight = F.max_pool2d(unlike.float(), 3, 1, 1).flatten(1).clamp(min=config.empty_rays)
     keys = draw(weight.shape[1]).log() / weight         # the largest: Efraimidis & Spirakis 2006
     pixels = keys.topk(min(config.rays, keys.shape[1])).indices                # (B, n)
-    jitter = draw(pixels.shape[1], config.samples)
+    jitter = draw(pixels.shape[1], config.samples + config.fine_samples)
     x0_hat = model(x_t, t, poses, pixels, jitter)                              # (B, n, 3)
     target = x0.flatten(2).mT.take_along_dim(pixels[..., None], dim=1)
     loss = F.l1_loss(x0_hat, target) if config.loss == "l1" else F.mse_loss(x0_hat, target)

@@ -1667,6 +1667,7 @@ def test_rays_go_where_something_is_seen(chance):
 
     def model(x_t, t, poses, pixels, jitter):
         assert pixels.shape == (2, 8) and all(len(row.unique()) == 8 for row in pixels)
+        assert jitter.shape == (2, 8, ema.config.samples + ema.config.fine_samples)
         counts.scatter_add_(1, pixels, torch.ones(2, 8))
         return x0.flatten(2).mT[torch.arange(2)[:, None], pixels]
     for _ in range(4000):
@@ -1695,6 +1696,27 @@ def test_other_sides_are_encoded_late_and_in_their_share(share):
             error = (shown[:, i] - x_t[i]).abs().amax((1, 2, 3))
             assert not replaced[-1] or (error.min() < 1e-4 and error.argmin() != i)
     assert np.mean(replaced) == pytest.approx(share, abs=0.1)
+
+
+def test_other_sides_show_scenes_that_are_moved_along_the_ground():
+    """The encoder gets a moved scene from a camera that stays; the target's camera moves along."""
+    ema, asked = tiny_model(clean=0.99, other_side=0.5, other_side_from=0.0, shift=0.3, fold=0), []
+    x0, poses = torch.rand(8, 3, 16, 16) * 2 - 1, orbit(torch.arange(8) * 45.0, 30, 2.7)
+
+    def model(x_t, t, given, pixels, *_):
+        asked.append((x_t, t, given))
+        return x0.flatten(2).mT[torch.arange(8)[:, None], pixels]
+    assert rd.denoising_loss(model, ema, x0, poses, 0.5) == 0
+    (x_t, t, given), = asked
+    moved = given - poses
+    assert moved[::2].abs().max() == 0 and 0.1 < moved[1::2].abs().max() < 0.3
+    assert (moved[1::2, :2, 3] != 0).all() and (moved.flatten(1) != 0).sum() == 8   # x and y alone
+    planes = ema.encode(x0, 0)
+    for i in (t == 0).nonzero()[:, 0].tolist():
+        # a scene moved by d, sampled at p, is the scene at p - d: rays that start at -d
+        other = poses[i - 1] - moved[i] if i % 2 else None
+        shown = ema.render(planes[i:i + 1], other)[0] if i % 2 else x0[i:i + 1]
+        assert torch.allclose(x_t[i:i + 1], shown, atol=1e-4)
 
 
 def test_one_picture_is_learnt_and_generated(monkeypatch, tmp_path):

@@ -62,8 +62,8 @@ def extent(model, ema, x0, poses, *rest):
         # by 2: the next one's camera may be the other side that was encoded
         both = [torch.cat([r.take_along_dim(pixels[..., None], 1),
                            r.roll(2, 0).take_along_dim(there[..., None], 1)], 1) for r in rays]
-        jitter = torch.cat([jitter, torch.rand(len(x_t), 256, config.samples, device=x_t.device)],
-                           dim=1)
+        B, _, K = jitter.shape
+        jitter = torch.cat([jitter, torch.rand(B, 256, K, device=jitter.device)], dim=1)
         shown = model.march(model.encode(x_t, t), *both, jitter)[0] * 2 - 1
         seen.append(shown[:, pixels.shape[1]:])
         return shown[:, :pixels.shape[1]]

@@ -159,7 +159,7 @@ def parts(report, model):
     jitter = torch.rand(B, R, K, device=device)
     rays = [x[:, :R] for x in camera_rays(poses, config.focal, S)]
     for name, run, number in (
-            (f"{K} samples", lambda: model.march(planes, *rays, jitter)[0], B * R),
+            (f"{K} samples", lambda: model.march(planes, *rays, jitter, False)[0], B * R),
             (f"{K} + {config.fine_samples} samples", lambda: model.render(planes, poses)[0],
              B * S * S)):
         report.measure(f"renderer, {name}, forward", run, number, "rays")

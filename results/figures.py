@@ -154,9 +154,10 @@ def loss(models, out, count=64):
 
 @torch.no_grad()
 def marching(models, out, count=24):
-    """Novel views by samples a ray: random ones, as in training, or as `render` places them."""
-    rows = [("novel views, dB", *(f"{k} random" for k in (16, 24, 32)), "16 + 16", "24 + 8",
-             "64 + 64")]
+    """Novel views by samples a ray: at random, as training places them, or evenly, as `render`."""
+    ways = ((16, 0, True), (24, 0, True), (32, 0, True), (12, 12, True), (12, 12, False),
+            (16, 16, False), (64, 64, False))           # stratified, importance, at random
+    rows = [("novel views, dB", *(f"{k} + {fine}" + " random" * loose for k, fine, loose in ways))]
     for name, model in models.items():
         S = model.config.resolution
         views = synthetic(name, count, 2, S, rd.HELD_OUT, depth=False)
@@ -166,9 +167,9 @@ def marching(models, out, count=24):
         def field(points):
             return model.mlp(points, rd.sample_triplanes(planes, points))
         torch.manual_seed(0)
-        shown = [rd.march(field, *rays, samples, fine, model.background,
-                          None if fine else torch.rand(count, S * S, samples))[0]
-                 for samples, fine in ((16, 0), (24, 0), (32, 0), (16, 16), (24, 8), (64, 64))]
+        shown = [rd.march(field, *rays, k, fine, model.background,
+                          torch.rand(count, S * S, k + fine) if loose else None)[0]
+                 for k, fine, loose in ways]
         rows.append((name, *(f"{rd.psnr(rgb.mT.reshape(-1, 3, S, S), truth).mean():.2f}"
                              for rgb in shown)))
     table(*rows)
