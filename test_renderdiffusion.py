@@ -2734,6 +2734,48 @@ def tutorial_cells():
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
+def test_scenes_are_put_together_from_what_a_teacher_makes_of_single_views(monkeypatch):
+    """A teacher that sees a red ball in every picture: balls are where they were moved to."""
+    ablations, traced = script(monkeypatch, "ablations"), []
+    config = tiny(elevation=(20.0, 50.0), radius=2.9, resolution=32, samples=64, fine_samples=0)
+    teacher = SimpleNamespace(
+        config=config, background=torch.zeros(3),
+        encode=lambda x, t: torch.zeros(len(x), 3, 1, 2, 2),
+        mlp=lambda p, _: (50.0 * (p.norm(dim=-1) < 0.15), torch.tensor([1.0, 0, 0]).expand_as(p)))
+    monkeypatch.setattr(ablations, "synthetic", lambda name, n, *rest, **options: traced.append(n)
+                        or SimpleNamespace(images=torch.zeros(n, 1, 3, 32, 32)))
+    pixel = torch.arange(32) + 0.5
+    for number, reach in ((1, 0.0), (1, 0.5), (3, 0.5)):
+        torch.manual_seed(0)
+        torch.randint(1, number + 1, (6,))
+        places = reach * (2 * torch.rand(6, number, 2) - 1)
+        torch.manual_seed(0)
+        for shown, poses in ablations.put_together(teacher, "near", config, 6, number, reach, 0.4):
+            red = (shown[:, 0] / 2 + 0.5).clamp(0, 1)
+            assert (shown[:, 1:] == -1).all() and red.amax((1, 2)).min() > 0.9
+            if number == 1:
+                center = torch.cat([places[:, 0], torch.zeros(6, 1)], dim=1)
+                seen = ((center - poses[:, :3, 3])[:, None] @ poses[:, :3, :3])[:, 0]
+                seen = 32 * (config.focal * seen[:, :2] / seen[:, 2:] + 0.5)
+                mass = red.sum((1, 2))
+                found = torch.stack([(red.sum(1) * pixel).sum(1), (red.sum(2) * pixel).sum(1)], 1)
+                assert (found / mass[:, None] - seen).abs().max() < 0.6
+    assert traced[:2] == [6, 6] and 6 < traced[2] <= 18
+    ablations.put_together(teacher, "near", config, 6, 3, 0.1, 0.4)             # all clash
+    assert traced[3] == 6
+
+    asked = []
+    monkeypatch.setattr(rd, "denoising_loss", lambda *a, **k: asked.append((a, k)) or 0)
+    x0, poses = torch.rand(2, 3, 32, 32), PAIR
+    ablations.composed(teacher, count=3)(None, SimpleNamespace(config=config), x0, poses, 0.5)
+    ((_, _, target, target_from, *_), more), = asked
+    source, source_from = more["seen"]
+    assert torch.equal(target[:2], x0) and torch.equal(source[:2], x0) and len(target) == 8
+    assert torch.equal(target[2:5], source[5:]) and torch.equal(target[5:], source[2:5])
+    assert torch.equal(target_from[2:5], source_from[5:])
+    assert not torch.equal(target_from[2:], source_from[2:])
+
+
 def test_tutorial_is_small_and_was_run():
     assert TUTORIAL.stat().st_size < 3e6
     for source in tutorial_cells():

@@ -76,6 +76,58 @@ def extent(model, ema, x0, poses, *rest):
     return value
 
 
+@torch.no_grad()
+def put_together(teacher, near, config, count, most, reach, apart):
+    """`count` scenes made of one to `most` that `teacher` reconstructs, each from a new picture of
+    the set `near`: moved by up to `reach` along x and y, `apart` from each other or left out.
+    -> for each of two random cameras of the set, what it sees (B, 3, S, S), and poses (B, 4, 4).
+    """
+    device, S = teacher.background.device, config.resolution
+    number = torch.randint(1, most + 1, (count,), device=device)
+    places = reach * (2 * torch.rand(count, most, 2, device=device) - 1)
+    there = torch.arange(most, device=device) < number[:, None]                 # (B, most)
+    for k in range(1, most):
+        distance = (places[:, :k] - places[:, k:k + 1]).norm(dim=-1)
+        there[:, k] &= ~(there[:, :k] & (distance < apart)).any(1)
+    scene, part = there.nonzero(as_tuple=True)                                  # (M,) parts
+    move = nn.functional.pad(places[scene, part], (0, 1))[:, None]              # (M, 1, 3)
+    pictures = synthetic(near, len(scene), 1, S, config.seed + 1, device, depth=False,
+                         start=torch.randint(2 ** 30, ()).item()).images[:, 0]
+    planes = teacher.encode(pictures, 0)
+
+    def field(points):
+        """Densities add up, and colours are their mean, weighted by them."""
+        p = points[scene] - move                                                # (M, P, 3)
+        density, color = teacher.mlp(p, rd.sample_triplanes(planes, p))
+        density = density * (p.abs() < 1).all(-1)
+        total = torch.zeros_like(points[..., 0]).index_add_(0, scene, density)  # (B, P)
+        color = torch.zeros_like(points).index_add_(0, scene, density[..., None] * color)
+        return total, color / total.clamp(min=1e-6)[..., None]
+
+    views, (low, high) = [], config.elevation
+    for _ in range(2):
+        azimuth, height = torch.rand(2, count, device=device)
+        poses = orbit(360 * azimuth, low + (high - low) * height, config.radius)
+        rgb, _, _ = rd.march(field, *camera_rays(poses, config.focal, S), teacher.config.samples,
+                             teacher.config.fine_samples, teacher.background)
+        views.append((rgb.mT.reshape(-1, 3, S, S) * 2 - 1, poses))
+    return views
+
+
+def composed(teacher, near="clevr_35", count=6, most=3, reach=0.45, apart=0.5):
+    """A loss for sets of several objects: beside the batch, scenes that are `put_together` from a
+    `teacher`, a model of the set `near`. Each is encoded from either of two cameras and compared
+    from the other. The teacher has seen single views alone, and so has who learns from it.
+    """
+    def loss(model, ema, x0, poses, progress, rank=0, world=1):
+        made = put_together(teacher, near, ema.config, count, most, reach, apart)
+        (a, from_a), (b, from_b) = made
+        return rd.denoising_loss(
+            model, ema, torch.cat([x0, a, b]), torch.cat([poses, from_a, from_b]), progress,
+            seen=(torch.cat([x0, b, a]), torch.cat([poses, from_b, from_a])))
+    return loss
+
+
 def front(config, device="cpu"):
     """The one camera (4, 4) from which `billboard` takes every picture to be."""
     return orbit(0.0, sum(config.elevation) / 2, config.radius).to(device)
