@@ -2723,17 +2723,6 @@ def test_ablations_change_what_they_say(monkeypatch, tmp_path):
     assert not torch.allclose(one, told.encode(x0, 0), atol=1e-4) and images[0].shape == x0.shape
 
 
-# The notebook -----------------------------------------------------------------------------------
-
-TUTORIAL = HERE / "tutorial.ipynb"
-
-
-def tutorial_cells():
-    """The sources of tutorial.ipynb's code cells."""
-    cells = json.loads(TUTORIAL.read_text())["cells"]
-    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-
-
 def test_scenes_are_put_together_from_what_a_teacher_makes_of_single_views(monkeypatch):
     """A teacher that sees a red ball in every picture: balls are where they were moved to."""
     ablations, traced = script(monkeypatch, "ablations"), []
@@ -2774,6 +2763,17 @@ def test_scenes_are_put_together_from_what_a_teacher_makes_of_single_views(monke
     assert torch.equal(target[2:5], source[5:]) and torch.equal(target[5:], source[2:5])
     assert torch.equal(target_from[2:5], source_from[5:])
     assert not torch.equal(target_from[2:], source_from[2:])
+
+
+# The notebook -----------------------------------------------------------------------------------
+
+TUTORIAL = HERE / "tutorial.ipynb"
+
+
+def tutorial_cells():
+    """The sources of tutorial.ipynb's code cells."""
+    cells = json.loads(TUTORIAL.read_text())["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
 def test_tutorial_is_small_and_was_run():

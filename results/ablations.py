@@ -120,8 +120,8 @@ def composed(teacher, near="clevr_35", count=6, most=3, reach=0.45, apart=0.5):
     from the other. The teacher has seen single views alone, and so has who learns from it.
     """
     def loss(model, ema, x0, poses, progress, rank=0, world=1):
-        made = put_together(teacher, near, ema.config, count, most, reach, apart)
-        (a, from_a), (b, from_b) = made
+        (a, from_a), (b, from_b) = put_together(teacher, near, ema.config, count, most, reach,
+                                                apart)
         return rd.denoising_loss(
             model, ema, torch.cat([x0, a, b]), torch.cat([poses, from_a, from_b]), progress,
             seen=(torch.cat([x0, b, a]), torch.cat([poses, from_b, from_a])))
