@@ -365,7 +365,8 @@ class RadianceMLP(nn.Module):
                                     nn.Linear(hidden, 4))
 
     def forward(self, points, features):
-        out = self.layers(torch.cat([points, features], dim=-1))
+        x = torch.cat([points, features], dim=-1)
+        out = self.layers(x.flatten(0, 1)).view(*x.shape[:2], 4)    # 3-D: its gradient copies more
         return 25 * F.softplus(out[..., 0] - 3), torch.sigmoid(out[..., 1:])
 
 
