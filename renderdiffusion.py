@@ -39,7 +39,6 @@ import re
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from json import dumps
@@ -59,7 +58,7 @@ from data import SETS, camera_rays, load, mix, open_picture, orbit, read_image, 
 
 # ---- Configuration -----------------------------------------------------------------------------
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     """Everything a training depends on: `train`'s options, and saved in every checkpoint."""
     # data
@@ -76,7 +75,7 @@ class Config:
     plane_channels: int = 16    # triplane features C
     unet_channels: int = 48     # channels at S / 2, a multiple of 16; up to four times that below
     mlp_hidden: int = 64        # width of the MLP's two hidden layers
-    fold: int = 4               # planes are told this times the estimated azimuth; 0: the paper's
+    fold: int = 4               # planes get this times the azimuth found; 0: nothing (the paper)
     lay_down: bool = False      # lay features on a level plane, for objects that stand anywhere
     samples: int = 12           # stratified samples a ray
     fine_samples: int = 12      # importance samples where those saw matter
@@ -84,10 +83,10 @@ class Config:
     timesteps: int = 1000       # T
     schedule: str = "cosine"    # cosine or linear
     loss: str = "l1"            # l1 or l2
-    clean: float = 0.2          # share of examples at t = 0, from which reconstruction starts
-    other_side: float = 0.5     # share of examples encoded from another side; 0: the paper's scheme
+    clean: float = 0.2          # share of examples without noise, which t_r = 0 needs
+    other_side: float = 0.5     # share of a batch encoded from another side; 0: the paper's scheme
     other_side_from: float = 0.4    # from this part of the training on
-    shift: float = 0.0          # encoded so, scenes are moved by up to this along x and y
+    shift: float = 0.0          # these scenes are moved by up to this along x and y
     # training
     batch: int = 16             # images a step and process
     rays: int = 256             # rays an image
@@ -157,6 +156,7 @@ class NoiseSchedule:
             f = torch.cos((torch.arange(T + 1).double() / T + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = 1 - f[1:] / f[:-1]
         else:
+            # from the end: T = 1 has the last beta
             betas = torch.linspace(0.02, 1e-4, T).flip(0).double() * 1000 / T
         # No level but the last may be all noise: the posterior divides by alpha_bar at s < t.
         kept = torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
@@ -217,14 +217,11 @@ class Block(nn.Module):
 
 
 def multiply_angle(z, count):
-    """Vectors (B, 2) at some angles -> (B, 2) at `count` >= 1 times these, their lengths to the
-    power `count`: powers of complex numbers. So an estimate that is unsure, short, counts for less.
+    """Vectors (B, 2) -> (B, 2) at `count` times their angles, their lengths to the power `count`:
+    an estimate that is unsure is short, and so counts for less.
     """
-    (c, s), out = z.unbind(1), z
-    for _ in range(count - 1):
-        (a, b) = out.unbind(1)
-        out = torch.stack([a * c - b * s, a * s + b * c], dim=1)
-    return out
+    length, angle = z.norm(dim=1, keepdim=True), torch.atan2(z[:, 1:], z[:, :1])
+    return length ** count * torch.cat([(count * angle).cos(), (count * angle).sin()], dim=1)
 
 
 class Compass(nn.Module):
@@ -277,7 +274,7 @@ class UNet(nn.Module):
     which plain training does not find (README.md, "What matters"). So `compass` estimates b, and
     the estimate scales and shifts the stages on the way up, as t does. These are told not b but
     `fold` * b: with 4, cameras a quarter turn apart are the same to them, enough for how a box is
-    turned, and too little for a relief that is right from one side alone.
+    turned, and too little for a relief: a shape that looks right from the picture's side alone.
 
     Where an object stands follows from b itself and from the elevation. With `lay_down` the compass
     estimates both, and the stages on the way up get features laid on a level plane: they know the
@@ -320,7 +317,7 @@ class UNet(nn.Module):
         h, skips = self.stem(x_t), {}                                          # (B, base, S/2, S/2)
         for i, block in enumerate(self.down):
             h = skips[h.shape[-1]] = block(self.shrink[i - 1](h) if i else h, emb)
-        h = self.middle(h, emb)                                                # (B, 4 base, 4, 4)
+        h = self.middle(h, emb)                                                # (B, c, 4, 4)
         if self.compass:
             self.facing = self.compass(x_t)                                    # (B, 2 or 3)
             facing = self.facing.detach()
@@ -333,7 +330,7 @@ class UNet(nn.Module):
         for i, block in enumerate(self.up):
             if i:
                 h = F.interpolate(self.grow[i - 1](h), scale_factor=2)
-            h = block(h + skips.get(h.shape[-1], 0), emb)                      # (B, base, N/2, N/2)
+            h = block(h + skips.get(h.shape[-1], 0), emb)                  # last: (B, c, N/2, N/2)
         return self.out(F.interpolate(h, scale_factor=2))                      # (B, 3C, N, N)
 
 
@@ -366,7 +363,7 @@ class RadianceMLP(nn.Module):
 
     def forward(self, points, features):
         x = torch.cat([points, features], dim=-1)
-        out = self.layers(x.flatten(0, 1)).view(*x.shape[:2], 4)    # 3-D: its gradient copies more
+        out = self.layers(x.flatten(0, 1)).view(*x.shape[:2], 4)     # in 3-D, gradients are copied
         return 25 * F.softplus(out[..., 0] - 3), torch.sigmoid(out[..., 1:])
 
 
@@ -388,7 +385,7 @@ def composite(density, color, deltas, background):
     """Volume rendering by quadrature (Mildenhall et al. 2020, eq. 3).
 
     density, deltas (B, R, K), color (B, R, K, 3), background (3,) -> rgb (B, R, 3) and weights
-    (B, R, K), of which what is missing to 1 goes to the background. Colours are in [0, 1].
+    (B, R, K); the background gets 1 minus their sum. Colours are in [0, 1].
     """
     optical_depth = density * deltas
     before = F.pad(torch.cumsum(optical_depth, dim=-1)[..., :-1], (1, 0))
@@ -461,7 +458,7 @@ def march(field, origins, directions, samples, fine_samples, background, jitter=
 class RenderDiffusion(nn.Module):
     """The denoiser g: x_t, t -> planes -> the picture x0_hat that they show from a pose."""
 
-    points_at_once = 2 ** 15        # bounds the memory of a picture; more leave a CPU's cache
+    points_at_once = 2 ** 15        # bounds memory; larger parts do not fit a CPU cache
 
     def __init__(self, config):
         super().__init__()
@@ -531,7 +528,8 @@ def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1, seen=None):
     and training still sees one view a scene. With `shift` that scene is moved along the ground: so
     what is sharp in the middle teaches what stands off it. seen: images and poses, like x0 and
     poses, that are encoded in their place (None: themselves).
-    Each of `world` processes draws the numbers of all and takes its own: together they are one.
+    Each of `world` processes draws the numbers of all and takes its own: together they are one, but
+    that the other camera is one of its own pictures'.
     """
     config, B, device = ema.config, len(x0), x0.device
     mine = slice(rank * B, (rank + 1) * B)
@@ -543,15 +541,15 @@ def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1, seen=None):
     u = (torch.randperm(world * B, device=device)[mine] + draw()) / (world * B)
     noisy = 1 + ((u - config.clean) / (1 - config.clean) * config.timesteps).long()
     t = torch.where(u < config.clean, 0, noisy.clamp(1, config.timesteps))
-    (source, seen_from), share = seen or (x0, poses), config.other_side
-    chosen = [i for i in range(B) if int((i + 1) * share) > int(i * share)]
-    if chosen and progress >= config.other_side_from:
+    source, seen_from = seen or (x0, poses)
+    n = round(B * config.other_side) if progress >= config.other_side_from else 0
+    if n:                                       # the first n: their t are as random as the others'
         source, seen_from = source.clone(), seen_from.clone()
-        seen_from[chosen] = others = poses.roll(1, dims=0)[chosen]
+        seen_from[:n] = poses.roll(1, dims=0)[:n]
         moved = torch.zeros_like(poses)         # by as much as a scene: the camera sees no change
-        moved[chosen, :2, 3] = config.shift * (2 * draw(2)[chosen] - 1)
+        moved[:n, :2, 3] = config.shift * (2 * draw(2)[:n] - 1)
         with torch.no_grad():
-            source[chosen] = ema.render(ema.encode(x0[chosen], 0), others - moved[chosen])[0]
+            source[:n] = ema.render(ema.encode(x0[:n], 0), seen_from[:n] - moved[:n])[0]
         poses = poses + moved
     noise = torch.randn(world * B, *x0.shape[1:], device=device)[mine]
     x_t = ema.schedule.add_noise(source, t, noise)
@@ -566,7 +564,7 @@ def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1, seen=None):
     target = x0.flatten(2).mT.take_along_dim(pixels[..., None], dim=1)
     loss = F.l1_loss(x0_hat, target) if config.loss == "l1" else F.mse_loss(x0_hat, target)
     if ema.unet.compass:        # teaches the compass alone: the planes are not to bend its estimate
-        unet = getattr(model, "module", model).unet         # `module`: what is parallel, if so
+        unet = getattr(model, "module", model).unet         # `module`: of a parallel one
         facing, unet.facing = unet.facing, None             # kept, it would forbid deepcopy
         azimuth, sine = F.normalize(seen_from[:, :3, 3], dim=1).split((2, 1), dim=1)
         truth = torch.cat([F.normalize(azimuth, dim=1), sine], dim=1)
@@ -579,7 +577,8 @@ def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1, seen=None):
 def training_pictures(config, device, rank, world):
     """A function step -> images, poses; and the config with the set's own fields.
 
-    With `scenes` = 0 no scene comes twice; else the pictures of a fixed set come in random order.
+    With `scenes` = 0 no scene comes twice in a training, but another one with the same seed has the
+    same scenes; else the pictures of a fixed set come in random order.
     """
     B, S, built_in = config.batch, config.resolution, SETS.get(config.data)
     fresh, ahead = built_in and config.scenes == 0, AHEAD.get(device.type, 1)
@@ -628,14 +627,12 @@ def train(config, loss=denoising_loss):
     model = RenderDiffusion(config).to(device)
     if config.init:
         weights = load_checkpoint(config.init, device)
-        try:
-            if weights.config.fold != config.fold:          # of the same shapes
-                raise RuntimeError
-            model.load_state_dict(weights.state_dict())
-        except RuntimeError:
-            raise ValueError(f"the weights {config.init} are of another model: give this one the "
-                             f"same sizes, resolution, fold ({weights.config.fold}) and lay_down "
-                             f"({weights.config.lay_down})") from None
+        for name in ("resolution", "plane_size", "plane_channels", "unet_channels", "mlp_hidden",
+                     "fold", "lay_down"):
+            if (its := getattr(weights.config, name)) != getattr(config, name):
+                raise ValueError(f"the weights {config.init} are of another model: give this one, "
+                                 f"too, {name} = {its}")
+        model.load_state_dict(weights.state_dict())
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     model.bf16 = bf16_is_fast(device)
     if config.compile:
@@ -654,15 +651,15 @@ def train(config, loss=denoising_loss):
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     saved = logged = time.time()
     start = saved - seconds
-    stop = []                       # Ctrl-C waits for the step's end: half a one cannot be resumed
+    stop, ended = [], False         # Ctrl-C waits for the step's end: half a one cannot be resumed
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     try:
         while True:
             progress = seconds / 60 / config.minutes if config.minutes else step / config.steps
-            done = progress >= 1 or stop
+            done = progress >= 1 or ended
             save = rank == 0 and (done or time.time() - saved > 120)
             if losses and (done or save or time.time() - logged > 5):
-                values = torch.stack(losses).tolist()           # here alone it waits for a GPU
+                values = torch.stack(losses).tolist()          # waits for a GPU
                 finite = [*map(math.isfinite, values),
                           all(weight.isfinite().all() for weight in model.parameters())]
                 if not all(finite):
@@ -679,7 +676,7 @@ def train(config, loss=denoising_loss):
             if save:
                 save_checkpoint(path, ema, dict(model=model.state_dict(), step=step,
                                                 seconds=seconds, optimizer=optimizer.state_dict()))
-                if not stop:
+                if not ended:
                     print(health(ema, path.with_name(path.stem + "_samples.png")), flush=True)
                 saved = logged = time.time()
             if done:
@@ -696,16 +693,16 @@ def train(config, loss=denoising_loss):
                 torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()),
                                      1 - min(config.ema, (1 + step) / (10 + step)))
             losses.append(value.detach())
-            step, seconds = step + 1, time.time() - start
-            if world > 1 and config.minutes:                    # one clock: all stop at once
-                clock = torch.tensor([seconds], device=device)
-                torch.distributed.broadcast(clock, 0)
-                seconds = clock.item()
+            step, seconds, ended = step + 1, time.time() - start, bool(stop)
+            if world > 1:                                       # all stop at the same step
+                shared = torch.tensor([seconds, ended], device=device)
+                torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+                seconds, ended = shared[0].item(), bool(shared[1])
     finally:
         signal.signal(signal.SIGINT, before)
     if rank == 0:
         print(f"{step} steps, {seconds / 60:.1f} minutes; wrote {path}"
-              + "; go on with --resume" * bool(stop))
+              + "; go on with --resume" * ended)
     if world > 1:
         torch.distributed.destroy_process_group()
     return ema
@@ -716,7 +713,7 @@ def train(config, loss=denoising_loss):
 def noise_levels(schedule, steps, top=None):
     """steps + 1 levels rising from 0 to `top` (None: T): few of them lie evenly in log(SNR), as in
     DPM-Solver (Lu et al. 2022, arXiv 2206.00927), and the more there are, the more evenly in t.
-    Steps are so short near all noise, where it is decided what the picture shows, and near none.
+    So steps are short near all noise, where it is decided what the picture shows, and near none.
     ValueError where there are fewer levels than steps.
     """
     top = schedule.T if top is None else top
@@ -781,8 +778,8 @@ def find_poses(model, images, masks=None):
     config, device = model.config, images.device
     low, high = config.elevation
     known = torch.ones_like(images[:, :1]) if masks is None else masks.to(images)
-    background = (model.background * 2 - 1).view(3, 1, 1)
-    planes = model.encode(known * images + (1 - known) * background, 0)
+    images = torch.where(known > 0.5, images, (model.background * 2 - 1).view(3, 1, 1))
+    planes = model.encode(images, 0)
     best = torch.zeros(2, len(images), device=device)           # azimuth, elevation
     best[1] = (low + high) / 2
     for side, width, height, m, n in ((2, 180.0, (high - low) / 2, 30, 4), (1, 9.0, 5.0, 5, 5),
@@ -810,9 +807,9 @@ def reconstruct(model, images, poses=None, t_r=0, steps=None, seed=0):
     t_r outside 0..T.
     """
     T = model.config.timesteps
-    if not (0 <= t_r <= T and t_r == int(t_r)):
+    if t_r not in range(T + 1):         # NaN is not, 300.0 is
         raise ValueError(f"t_r must be a whole number from 0 to {T}, not {t_r}")
-    if t_r == 0:
+    if (t_r := int(t_r)) == 0:
         return model.encode(images, 0)
     poses = find_poses(model, images) if poses is None else poses
     generator = torch.Generator().manual_seed(seed)
@@ -832,16 +829,13 @@ def repaint_schedule(steps, jump_length, jump_n_sample):
     """
     if min(steps, jump_length, jump_n_sample) < 1:
         raise ValueError("steps, jump_length and jump_n_sample must be at least 1")
-    jumps = {j: jump_n_sample - 1 for j in range(0, steps - jump_length, jump_length)}
-    indices, t = [], steps
-    while t >= 1:
-        t -= 1
-        indices.append(t)
-        if jumps.get(t, 0) > 0:
-            jumps[t] -= 1
-            indices += range(t + 1, t + jump_length + 1)
-            t += jump_length
-    return indices + [-1]
+    indices = []
+    for i in range(steps - 1, -2, -1):
+        indices.append(i)
+        if i in range(0, steps - jump_length, jump_length):     # up, and down to it again
+            indices += [*range(i + 1, i + jump_length), *range(i + jump_length, i - 1, -1)] * (
+                jump_n_sample - 1)
+    return indices
 
 
 @torch.no_grad()
@@ -945,7 +939,8 @@ def health(model, path):
     """What the loss does not tell: held-out novel views, samples (written to path), the volume."""
     config, device, text = model.config, model.background.device, ""
     if config.data in SETS:
-        scores = evaluate(model, synthetic(config.data, 32, 3, config.resolution, HELD_OUT, device))
+        scores = evaluate(model, synthetic(config.data, 32, 3, config.resolution, HELD_OUT, device,
+                                           depth=False))
         text = "  held-out PSNR: input view {:.2f} dB, novel views {:.2f} dB\n".format(
             *(scores[key]["psnr"] for key in ("input", "novel")))
     images, planes = generate(model, turn_poses(model, 0, 8), min(10, config.timesteps), eta=0.0)
@@ -1281,7 +1276,7 @@ HELP = {    # an option, its type where the default does not tell, what it is
     "seed": (int, "of noise and of scenes; the same gives the same picture"),
     "device": (str, "auto (cuda, mps or cpu, the first there is) or a torch device"),
     "count": (int, "how many scenes"),
-    "steps": (int, "network calls; None: 50 for all T"),
+    "steps": (int, "noise levels on the way down; None: 50 for all T"),
     "eta": (float, "1: noise anew at each step (ancestral); 0: none, and 20 steps suffice"),
     "image": (str, "picture file; None: scenes that training never saw"),
     "fit": (str, "make the picture square: crop to its middle, or pad with the background"),

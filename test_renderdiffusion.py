@@ -1539,7 +1539,7 @@ def test_planes_know_of_the_camera_fold_times_its_azimuth_alone():
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_the_compass_is_taught_the_camera_of_the_picture_that_is_encoded(share):
-    ema = tiny_model(other_side=share, other_side_from=0.0)
+    ema = tiny_model(other_side=share, other_side_from=0.0, shift=0.3)
     x0, azimuth = torch.rand(8, 3, 16, 16) * 2 - 1, torch.arange(8) * 45.0
     seen = azimuth.roll(1).deg2rad() if share else azimuth.deg2rad()
     for shift in (0.0, 0.3):
@@ -1576,13 +1576,18 @@ def test_features_are_laid_where_the_camera_sees_the_ground(focal, radius):
 
 
 @pytest.mark.parametrize("fold", [0, 4])
-def test_a_model_that_lays_features_down(fold):
+def test_a_model_that_lays_features_down(monkeypatch, fold):
     """Its planes depend on the estimated camera, and no picture's error teaches the compass."""
     model = tiny_model(lay_down=True, fold=fold).requires_grad_(True)
     x_t = torch.randn(1, 3, 16, 16)
     model(x_t, 100, PAIR[:1]).square().mean().backward()
     assert all(weight.grad is None for weight in model.unet.compass.parameters())
     assert model.unet.facing.shape == (1, 3)
+    sides, lay = [], rd.lay_down
+    monkeypatch.setattr(rd, "lay_down", lambda h, *camera: sides.append(len(h[0, 0])) or lay(
+        h, *camera))
+    model.encode(x_t, 100)
+    assert sides == [4, 8, 4]                                   # the middle, and every skip
 
     def planes(azimuth, sine):
         facing = torch.tensor([[math.cos(azimuth), math.sin(azimuth), sine]])
@@ -1709,13 +1714,12 @@ def test_other_sides_show_scenes_that_are_moved_along_the_ground():
     assert rd.denoising_loss(model, ema, x0, poses, 0.5) == 0
     (x_t, t, given), = asked
     moved = given - poses
-    assert moved[::2].abs().max() == 0 and 0.1 < moved[1::2].abs().max() < 0.3
-    assert (moved[1::2, :2, 3] != 0).all() and (moved.flatten(1) != 0).sum() == 8   # x and y alone
+    assert moved[4:].abs().max() == 0 and 0.1 < moved[:4].abs().max() < 0.3
+    assert (moved[:4, :2, 3] != 0).all() and (moved.flatten(1) != 0).sum() == 8     # x and y alone
     planes = ema.encode(x0, 0)
     for i in (t == 0).nonzero()[:, 0].tolist():
         # a scene moved by d, sampled at p, is the scene at p - d: rays that start at -d
-        other = poses[i - 1] - moved[i] if i % 2 else None
-        shown = ema.render(planes[i:i + 1], other)[0] if i % 2 else x0[i:i + 1]
+        shown = x0[i:i + 1] if i >= 4 else ema.render(planes[i:i + 1], poses[i - 1] - moved[i])[0]
         assert torch.allclose(x_t[i:i + 1], shown, atol=1e-4)
 
 
@@ -1747,6 +1751,26 @@ def test_a_training_begins_with_the_weights_that_it_is_given(monkeypatch, traine
     weights = tmp_path / "shared.pt"
     save_checkpoint(weights, load_checkpoint(tmp_path / "clevr1.pt"))
     assert str(trained).encode() not in weights.read_bytes()       # nobody's folders
+
+
+def test_the_learning_rate_and_the_average_follow_their_formulas(monkeypatch, tmp_path):
+    rates, seen, step = [], [], torch.optim.Adam.step
+
+    def watched(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    def loss(model, ema, *_):
+        seen.append([next(m.parameters()).detach().clone() for m in (model, ema)])
+        return sum(weight.square().sum() for weight in model.parameters())
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    train_quietly(monkeypatch, tiny(steps=200, lr=1e-3, ema=0.9, scenes=4, out=str(tmp_path)),
+                  loss=loss)
+    assert rates == pytest.approx([1e-3 * min(1, (k + 1) / 100, max(0.02, (1 - k / 200) / 0.3))
+                                   for k in range(200)])
+    for k, ((_, before), (weight, after)) in enumerate(zip(seen, seen[1:])):
+        kept = min(0.9, (1 + k) / (10 + k))
+        assert torch.allclose(after, kept * before + (1 - kept) * weight, atol=1e-6)
 
 
 def test_every_step_has_new_scenes_and_none_is_held_out(monkeypatch, tmp_path):
@@ -2054,9 +2078,13 @@ def test_the_camera_is_found_where_the_planes_are_right():
     poses, masks = orbit(azimuth, elevation, model.config.radius), torch.ones(4, 1, 16, 16)
     images, masks[..., 10:] = model.render(torch.zeros(4, 3, 4, 16, 16), poses)[0], 0
     spoilt = torch.where(masks > 0, images, images.flip(-1))
-    for found in (rd.find_poses(model, images), rd.find_poses(model, spoilt, masks)):
+    found, hidden = rd.find_poses(model, images), rd.find_poses(model, spoilt, masks)
+    for found in (found, hidden):
         cosine = (found[:, :3, 2] * poses[:, :3, 2]).sum(-1)
         assert torch.rad2deg(cosine.clamp(max=1).acos()).max() < 5
+    masks[..., 9:] = 0                  # from an odd pixel on: what is hidden counts for nothing
+    assert torch.equal(*(rd.find_poses(model, some, masks) for some in (
+        images, torch.where(masks > 0, images, 1.0))))
 
 
 # Inpainting -------------------------------------------------------------------------------------
@@ -2730,7 +2758,8 @@ def test_scenes_are_put_together_from_what_a_teacher_makes_of_single_views(monke
     teacher = SimpleNamespace(
         config=config, background=torch.zeros(3),
         encode=lambda x, t: torch.zeros(len(x), 3, 1, 2, 2),
-        mlp=lambda p, _: (50.0 * (p.norm(dim=-1) < 0.15), torch.tensor([1.0, 0, 0]).expand_as(p)))
+        mlp=lambda p, _: (50.0 * ((p.norm(dim=-1) < 0.15) | (p.abs() > 1).any(-1)),     # and walls,
+                          torch.tensor([1.0, 0, 0]).expand_as(p)))  # outside of its cube
     monkeypatch.setattr(ablations, "synthetic", lambda name, n, *rest, **options: traced.append(n)
                         or SimpleNamespace(images=torch.zeros(n, 1, 3, 32, 32)))
     pixel = torch.arange(32) + 0.5

@@ -42,17 +42,18 @@ def two_views(model, ema, x0, poses, progress, rank=0, world=1):
     """Encoded from one view of a scene; half of the examples are compared with another one."""
     config, B = ema.config, len(x0)
     views = synthetic(config.data, B, 2, config.resolution, config.seed + 1, x0.device,
-                      start=torch.randint(2 ** 30, ()).item(), depth=False)
+                      start=torch.randint(2 ** 30, ()).item() + rank * B, depth=False)
     pick = torch.arange(B), torch.randperm(B) % 2
-    return rd.denoising_loss(model, ema, views.images[pick], views.poses[pick], progress,
-                             seen=(views.images[:, 0], views.poses[:, 0]))
+    return rd.denoising_loss(model, ema, views.images[pick], views.poses[pick], progress, rank,
+                             world, seen=(views.images[:, 0], views.poses[:, 0]))
 
 
 def extent(model, ema, x0, poses, *rest):
-    """`denoising_loss`, and a view from yet another picture's camera must show as much as the
-    picture does, by the means of |x - background| and of its square: over 256 pixels there, over
-    all of the picture. A streak along the picture's rays shows more from there, or is paler. Not
-    every object does look as large from all sides; this is right on average. One process.
+    """`denoising_loss`, and a view from another picture's camera must differ from the background
+    by as much as the picture does, on average (mean of the difference, and of its square; 256
+    random pixels against the whole picture). A streak along the picture's rays looks larger from
+    there, or paler. Objects do not look equally large from all sides, but on average they do. Use
+    one process.
     """
     config, background, seen = ema.config, ema.background * 2 - 1, []
 
@@ -117,14 +118,15 @@ def put_together(teacher, near, config, count, most, reach, apart):
 def composed(teacher, near="clevr_35", count=6, most=3, reach=0.45, apart=0.5):
     """A loss for sets of several objects: beside the batch, scenes that are `put_together` from a
     `teacher`, a model of the set `near`. Each is encoded from either of two cameras and compared
-    from the other. The teacher has seen single views alone, and so has who learns from it.
+    from the other. The teacher was trained on single views alone, so no two real views of a scene
+    are used. Several processes would put the same scenes together: use one.
     """
     def loss(model, ema, x0, poses, progress, rank=0, world=1):
         (a, from_a), (b, from_b) = put_together(teacher, near, ema.config, count, most, reach,
                                                 apart)
         return rd.denoising_loss(
-            model, ema, torch.cat([x0, a, b]), torch.cat([poses, from_a, from_b]), progress,
-            seen=(torch.cat([x0, b, a]), torch.cat([poses, from_b, from_a])))
+            model, ema, torch.cat([x0, a, b]), torch.cat([poses, from_a, from_b]), progress, rank,
+            world, seen=(torch.cat([x0, b, a]), torch.cat([poses, from_b, from_a])))
     return loss
 
 
@@ -238,7 +240,9 @@ def main():
     parser.add_argument("--init", help="begin with these weights: a file, or a name")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="these runs")
     args = parser.parse_args()
-    if args.init and not set(args.only) <= {"plain", "l2", "clean", "other_side", "two_views"}:
+    networks = {"attention", "no_attention", "told", "fold", "default", "lay_down", "extent",
+                "relief"}
+    if args.init and networks & set(args.only):
         parser.error("with --init, name runs by --only that leave the network as it is")
     base, rows = rd.Config(data=args.data, fold=0), []
     if args.init:
