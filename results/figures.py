@@ -13,7 +13,7 @@ t_r         t_r.png, t_r_pictures.png: novel views by t_r, for inputs like the t
 inpainting  NAME_inpainting.png: fillings of a hole of 40 % of the side; how well, how varied
 loss        loss.png: mean error by t
 generation  how good generated scenes are, by networks that judge.py trains on the set itself
-training    training.png: samples and novel views during twelve minutes of training
+training    training.png: samples and novel views during thirty minutes of training
 
 Prints Markdown tables, writes pictures to --out. Scenes are held out: trainings use other seeds.
 """
@@ -300,7 +300,7 @@ def generation(models, out, count=256, readable=8192):
         table(*kinds)
 
 
-def training(models, out, count=64, minutes=12.0, marks=(1, 2, 5, 10)):
+def training(models, out, count=64, minutes=30.0, marks=(1, 2, 5, 10)):
     """One training of the first set from nothing, looked at after some minutes (its clock runs on
     meanwhile, some seconds) and at its end, where the learning rate has fallen."""
     name, rows, scored = next(iter(models)), {}, [("minutes", "input view, dB", "novel views, dB")]
