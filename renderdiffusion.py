@@ -362,8 +362,9 @@ class RadianceMLP(nn.Module):
                                     nn.Linear(hidden, 4))
 
     def forward(self, points, features):
+        # as (B P, 3 + C): on 3-D input the backward pass of Linear copies its gradient
         x = torch.cat([points, features], dim=-1)
-        out = self.layers(x.flatten(0, 1)).view(*x.shape[:2], 4)     # in 3-D, gradients are copied
+        out = self.layers(x.flatten(0, 1)).unflatten(0, x.shape[:2])           # (B, P, 4)
         return 25 * F.softplus(out[..., 0] - 3), torch.sigmoid(out[..., 1:])
 
 
@@ -529,7 +530,7 @@ def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1, seen=None):
     what is sharp in the middle teaches what stands off it. seen: images and poses, like x0 and
     poses, that are encoded in their place (None: themselves).
     Each of `world` processes draws the numbers of all and takes its own: together they are one, but
-    that the other camera is one of its own pictures'.
+    that each encodes the first of its own pictures from another side, from cameras of its own.
     """
     config, B, device = ema.config, len(x0), x0.device
     mine = slice(rank * B, (rank + 1) * B)
@@ -542,14 +543,15 @@ def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1, seen=None):
     noisy = 1 + ((u - config.clean) / (1 - config.clean) * config.timesteps).long()
     t = torch.where(u < config.clean, 0, noisy.clamp(1, config.timesteps))
     source, seen_from = seen or (x0, poses)
-    n = round(B * config.other_side) if progress >= config.other_side_from else 0
-    if n:                                       # the first n: their t are as random as the others'
+    others = round(B * config.other_side) if progress >= config.other_side_from else 0
+    if others:                                  # the first ones: t is random in any case
         source, seen_from = source.clone(), seen_from.clone()
-        seen_from[:n] = poses.roll(1, dims=0)[:n]
+        seen_from[:others] = poses.roll(1, dims=0)[:others]
         moved = torch.zeros_like(poses)         # by as much as a scene: the camera sees no change
-        moved[:n, :2, 3] = config.shift * (2 * draw(2)[:n] - 1)
+        moved[:others, :2, 3] = config.shift * (2 * draw(2)[:others] - 1)
         with torch.no_grad():
-            source[:n] = ema.render(ema.encode(x0[:n], 0), seen_from[:n] - moved[:n])[0]
+            planes = ema.encode(x0[:others], 0)
+            source[:others] = ema.render(planes, (seen_from - moved)[:others])[0]
         poses = poses + moved
     noise = torch.randn(world * B, *x0.shape[1:], device=device)[mine]
     x_t = ema.schedule.add_noise(source, t, noise)
