@@ -661,7 +661,7 @@ def train(config, loss=denoising_loss):
             done = progress >= 1 or ended
             save = rank == 0 and (done or time.time() - saved > 120)
             if losses and (done or save or time.time() - logged > 5):
-                values = torch.stack(losses).tolist()          # waits for a GPU
+                values = torch.stack(losses).tolist()           # waits for a GPU
                 finite = [*map(math.isfinite, values),
                           all(weight.isfinite().all() for weight in model.parameters())]
                 if not all(finite):
