@@ -80,7 +80,8 @@ def extent(model, ema, x0, poses, *rest):
 @torch.no_grad()
 def put_together(teacher, near, config, count, most, reach, apart):
     """`count` scenes made of one to `most` that `teacher` reconstructs, each from a new picture of
-    the set `near`: moved by up to `reach` along x and y, `apart` from each other or left out.
+    the set `near`: moved by up to `reach` along x and y, `apart` from each other. A part that finds
+    no place in 16 tries is left out.
     -> for each of two random cameras of the set, what it sees (B, 3, S, S), and poses (B, 4, 4).
     """
     device, S = teacher.background.device, config.resolution
@@ -88,8 +89,11 @@ def put_together(teacher, near, config, count, most, reach, apart):
     places = reach * (2 * torch.rand(count, most, 2, device=device) - 1)
     there = torch.arange(most, device=device) < number[:, None]                 # (B, most)
     for k in range(1, most):
-        distance = (places[:, :k] - places[:, k:k + 1]).norm(dim=-1)
-        there[:, k] &= ~(there[:, :k] & (distance < apart)).any(1)
+        for _ in range(16):
+            distance = (places[:, :k] - places[:, k:k + 1]).norm(dim=-1)
+            close = (there[:, :k] & (distance < apart)).any(1)                  # (B,)
+            places[close, k] = reach * (2 * torch.rand_like(places[close, k]) - 1)
+        there[:, k] &= ~close
     scene, part = there.nonzero(as_tuple=True)                                  # (M,) parts
     move = nn.functional.pad(places[scene, part], (0, 1))[:, None]              # (M, 1, 3)
     pictures = synthetic(near, len(scene), 1, S, config.seed + 1, device, depth=False,
