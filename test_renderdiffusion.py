@@ -1871,6 +1871,28 @@ def test_two_processes_train_the_same_model_as_one(tmp_path):
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(one, two))
 
 
+@slow
+def test_ctrl_c_in_one_of_two_processes_stops_both_at_the_same_step(tmp_path):
+    """In the third of six; both have the same model then, though each has other sides of its own."""
+    (tmp_path / "run.py").write_text(f"""import os, signal, sys
+sys.path.insert(0, {str(HERE)!r})
+import torch
+import renderdiffusion as rd
+
+def loss(model, ema, x0, poses, progress, rank, world):
+    if rank == 1 and progress >= 2 / 6:
+        signal.raise_signal(signal.SIGINT)
+    return rd.denoising_loss(model, ema, x0, poses, progress, rank, world)
+config = rd.{tiny(steps=6, other_side=0.5, other_side_from=0.0)}
+torch.save(rd.train(config, loss).state_dict(), os.environ["RANK"] + ".pt")
+""")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "run.py"],
+                   check=True, capture_output=True, timeout=120, cwd=tmp_path)
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in "01")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert torch.load(tmp_path / "out" / "clevr1.pt")["step"] == 3
+
+
 @pytest.mark.parametrize("least", ["batch", "rays", "samples", "timesteps", "plane_channels"])
 def test_training_with_one_of_each(monkeypatch, tmp_path, least):
     one = dict(fine_samples=1, mlp_hidden=1, other_side=1.0, other_side_from=0.0)
