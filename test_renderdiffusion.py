@@ -2785,24 +2785,31 @@ def test_scenes_are_put_together_from_what_a_teacher_makes_of_single_views(monke
     monkeypatch.setattr(ablations, "synthetic", lambda name, n, *rest, **options: traced.append(n)
                         or SimpleNamespace(images=torch.zeros(n, 1, 3, 32, 32)))
     pixel = torch.arange(32) + 0.5
-    for number, reach in ((1, 0.0), (1, 0.5), (3, 0.5)):
+    for number, reach, scale in ((1, 0.0, 1.0), (1, 0.5, 1.0), (1, 0.5, 0.6), (3, 0.5, 1.0)):
         torch.manual_seed(0)
         parts = torch.randint(1, number + 1, (6,))
         places = reach * (2 * torch.rand(6, number, 2) - 1)
         torch.manual_seed(0)
-        for shown, poses in ablations.put_together(teacher, "near", config, 6, number, reach, 0.4):
+        for shown, poses in ablations.put_together(teacher, "clevr1", config, 6, number, reach, 0.4,
+                                                   [scale]):
             red = (shown[:, 0] / 2 + 0.5).clamp(0, 1)
             assert (shown[:, 1:] == -1).all() and red.amax((1, 2)).min() > 0.9
-            if number == 1:
-                center = torch.cat([places[:, 0], torch.zeros(6, 1)], dim=1)
+            if number == 1:             # what is smaller still stands on the ground, at -0.45
+                center = torch.cat([places[:, 0], torch.full((6, 1), -0.45 * (1 - scale))], dim=1)
                 seen = ((center - poses[:, :3, 3])[:, None] @ poses[:, :3, :3])[:, 0]
+                size = 0.15 * scale * 32 * config.focal / seen[:, 2]                # in pixels
                 seen = 32 * (config.focal * seen[:, :2] / seen[:, 2:] + 0.5)
                 mass = red.sum((1, 2))
                 found = torch.stack([(red.sum(1) * pixel).sum(1), (red.sum(2) * pixel).sum(1)], 1)
                 assert (found / mass[:, None] - seen).abs().max() < 0.6
-    assert traced == [6, 6, parts.sum()]            # tries until each part has its place
-    ablations.put_together(teacher, "near", config, 6, 3, 0.1, 0.4)             # where there is one
-    assert traced[3] == 6
+                assert ((mass / math.pi).sqrt() - size).abs().max() < 0.3
+    assert traced == [6, 6, 6, parts.sum()]         # tries until each part has its place
+    for scales, most in (([1.0], 6), ([0.1], 18)):  # where there is one: small ones find it
+        torch.manual_seed(0)
+        parts = torch.randint(1, 4, (6,)).sum()
+        torch.manual_seed(0)
+        ablations.put_together(teacher, "clevr1", config, 6, 3, 0.1, 0.4, scales)
+        assert traced.pop() == min(parts, most)
 
     asked = []
     monkeypatch.setattr(rd, "denoising_loss", lambda *a, **k: asked.append((a, k)) or 0)

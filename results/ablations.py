@@ -22,7 +22,7 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import renderdiffusion as rd
-from data import camera_rays, orbit, synthetic
+from data import SETS, camera_rays, orbit, synthetic
 
 
 # ---- What is changed: losses, called as `denoising_loss` is, and networks ----------------------
@@ -78,33 +78,38 @@ def extent(model, ema, x0, poses, *rest):
 
 
 @torch.no_grad()
-def put_together(teacher, near, config, count, most, reach, apart):
+def put_together(teacher, near, config, count, most, reach, apart, scales):
     """`count` scenes made of one to `most` that `teacher` reconstructs, each from a new picture of
-    the set `near`: moved by up to `reach` along x and y, `apart` from each other. A part that finds
-    no place in 16 tries is left out.
+    the set `near`: one of `scales` as large, moved by up to `reach` along x and y, and `apart` from
+    each other where all have scale 1. A part that finds no place in 16 tries is left out.
     -> for each of two random cameras of the set, what it sees (B, 3, S, S), and poses (B, 4, 4).
     """
     device, S = teacher.background.device, config.resolution
     number = torch.randint(1, most + 1, (count,), device=device)
     places = reach * (2 * torch.rand(count, most, 2, device=device) - 1)
+    scale = torch.tensor(scales, device=device)[
+        torch.randint(len(scales), (count, most), device=device)]               # (B, most)
     there = torch.arange(most, device=device) < number[:, None]                 # (B, most)
     for k in range(1, most):
         for _ in range(16):
             distance = (places[:, :k] - places[:, k:k + 1]).norm(dim=-1)
-            close = (there[:, :k] & (distance < apart)).any(1)                  # (B,)
-            places[close, k] = reach * (2 * torch.rand_like(places[close, k]) - 1)
-        there[:, k] &= ~close
+            near_by = distance < apart * (scale[:, :k] + scale[:, k:k + 1]) / 2
+            clash = (there[:, :k] & near_by).any(1)                             # (B,)
+            places[clash, k] = reach * (2 * torch.rand_like(places[clash, k]) - 1)
+        there[:, k] &= ~clash
     scene, part = there.nonzero(as_tuple=True)                                  # (M,) parts
-    move = nn.functional.pad(places[scene, part], (0, 1))[:, None]              # (M, 1, 3)
+    scale = scale[scene, part, None, None]                                      # (M, 1, 1)
+    lift = SETS[config.data].ground - scale * SETS[near].ground                 # on the ground
+    move = torch.cat([places[scene, part, None], lift], dim=-1)                 # (M, 1, 3)
     pictures = synthetic(near, len(scene), 1, S, config.seed + 1, device, depth=False,
                          start=torch.randint(2 ** 30, ()).item()).images[:, 0]
     planes = teacher.encode(pictures, 0)
 
     def field(points):
         """Densities add up, and colours are their mean, weighted by them."""
-        p = points[scene] - move                                                # (M, P, 3)
+        p = (points[scene] - move) / scale                                      # (M, P, 3)
         density, color = teacher.mlp(p, rd.sample_triplanes(planes, p))
-        density = density * (p.abs() < 1).all(-1)
+        density = density * (p.abs() < 1).all(-1) / scale[..., 0]               # a length's inverse
         total = torch.zeros_like(points[..., 0]).index_add_(0, scene, density)  # (B, P)
         color = torch.zeros_like(points).index_add_(0, scene, density[..., None] * color)
         return total, color / total.clamp(min=1e-6)[..., None]
@@ -119,7 +124,8 @@ def put_together(teacher, near, config, count, most, reach, apart):
     return views
 
 
-def composed(teacher, near="clevr_35", count=6, most=3, reach=0.45, apart=0.5):
+def composed(teacher, near="clevr1", count=6, most=4, reach=0.55, apart=0.9,
+             scales=(0.17 / 0.35, 0.28 / 0.44)):
     """A loss for sets of several objects: beside the batch, scenes that are `put_together` from a
     `teacher`, a model of the set `near`. Each is encoded from either of two cameras and compared
     from the other. The teacher was trained on single views alone, so no two real views of a scene
@@ -127,7 +133,7 @@ def composed(teacher, near="clevr_35", count=6, most=3, reach=0.45, apart=0.5):
     """
     def loss(model, ema, x0, poses, progress, rank=0, world=1):
         (a, from_a), (b, from_b) = put_together(teacher, near, ema.config, count, most, reach,
-                                                apart)
+                                                apart, scales)
         return rd.denoising_loss(
             model, ema, torch.cat([x0, a, b]), torch.cat([poses, from_a, from_b]), progress, rank,
             world, seen=(torch.cat([x0, b, a]), torch.cat([poses, from_b, from_a])))
