@@ -872,7 +872,7 @@ def inpaint(model, images, masks, poses=None, steps=50, jump_length=5, jump_n_sa
         x = known * schedule.add_noise(images, t, noise) + (1 - known) * x
         with torch.enable_grad():
             x.requires_grad_()
-            x0_hat = model.render(model.encode(x, t), poses, fine=False)[0]
+            x0_hat = model.render(model.encode(x, t), poses, fine=s == 0)[0]
             misfit = ((known * (x0_hat - images)).square().sum((1, 2, 3)) + 1e-12).sqrt()
             gradient, = torch.autograd.grad(misfit.sum(), x)
         x, x0_hat = x.detach(), x0_hat.detach().clamp(-1, 1)

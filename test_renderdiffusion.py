@@ -2914,6 +2914,10 @@ def test_inpainting_ends_with_what_was_rendered():
     assert torch.equal(plain, guided)
     plain, guided = (inpaint(model, images, masks, PAIR, 2, guidance=g)[0] for g in (0.0, 1e3))
     assert not torch.equal(plain, guided)
+    x_T = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    rendered, _, _ = model.render(model.encode(x_T, model.schedule.T), PAIR)    # importance samples
+    filled, _ = inpaint(model, images, torch.zeros_like(masks), PAIR, 1)        # in it, too
+    assert torch.allclose(filled, rendered, atol=1e-6)
 
 
 @slow
