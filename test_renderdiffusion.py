@@ -2607,9 +2607,10 @@ def test_figures_are_made(monkeypatch, tmp_path, capsys):
         name: partial(make, **small.get(name, dict(count=2)))
         for name, make in figures.FIGURES.items()})
     figures.main(["--checkpoints", "clevr1", "--out", str(tmp_path)])
+    figures.main(["composed", "--checkpoints", "clevr1", "clevr", "--out", str(tmp_path)])
     made = {path.name: Image.open(path).size for path in tmp_path.iterdir()}
     assert set(made) == {"clevr1_samples.gif", "steps.png", "t_r.png", "t_r_pictures.png",
-                         "clevr1_inpainting.png", "loss.png", "training.png"}
+                         "clevr1_inpainting.png", "loss.png", "training.png", "composed.png"}
     assert made["clevr1_samples.gif"] == (512, 64)
     assert capsys.readouterr().out.count("|---") > 20
 
@@ -2790,7 +2791,7 @@ def test_scenes_are_put_together_from_what_a_teacher_makes_of_single_views(monke
         parts = torch.randint(1, number + 1, (6,))
         places = reach * (2 * torch.rand(6, number, 2) - 1)
         torch.manual_seed(0)
-        for shown, poses in ablations.put_together(teacher, "clevr1", config, 6, number, reach, 0.4,
+        for shown, poses in ablations.put_together(teacher, config, "clevr1", 6, number, reach, 0.4,
                                                    [scale]):
             red = (shown[:, 0] / 2 + 0.5).clamp(0, 1)
             assert (shown[:, 1:] == -1).all() and red.amax((1, 2)).min() > 0.9
@@ -2808,7 +2809,7 @@ def test_scenes_are_put_together_from_what_a_teacher_makes_of_single_views(monke
         torch.manual_seed(0)
         parts = torch.randint(1, 4, (6,)).sum()
         torch.manual_seed(0)
-        ablations.put_together(teacher, "clevr1", config, 6, 3, 0.1, 0.4, scales)
+        ablations.put_together(teacher, config, "clevr1", 6, 3, 0.1, 0.4, scales)
         assert traced.pop() == min(parts, most)
 
     asked = []

@@ -78,11 +78,13 @@ def extent(model, ema, x0, poses, *rest):
 
 
 @torch.no_grad()
-def put_together(teacher, near, config, count, most, reach, apart, scales):
+def put_together(teacher, config, near="clevr1", count=6, most=4, reach=0.55, apart=0.9,
+                 scales=(0.17 / 0.35, 0.28 / 0.44)):
     """`count` scenes made of one to `most` that `teacher` reconstructs, each from a new picture of
-    the set `near`: one of `scales` as large, moved by up to `reach` along x and y, and `apart` from
-    each other where all have scale 1. A part that finds no place in 16 tries is left out.
-    -> for each of two random cameras of the set, what it sees (B, 3, S, S), and poses (B, 4, 4).
+    the set `near`: one of `scales` as large (here `clevr`'s radii by `clevr1`'s), moved by up to
+    `reach` along x and y, and `apart` from each other where all have scale 1. A part that finds no
+    place in 16 tries is left out. -> for each of two random cameras of the set `config.data`, what
+    it sees (B, 3, S, S), and poses (B, 4, 4).
     """
     device, S = teacher.background.device, config.resolution
     number = torch.randint(1, most + 1, (count,), device=device)
@@ -124,16 +126,14 @@ def put_together(teacher, near, config, count, most, reach, apart, scales):
     return views
 
 
-def composed(teacher, near="clevr1", count=6, most=4, reach=0.55, apart=0.9,
-             scales=(0.17 / 0.35, 0.28 / 0.44)):
+def composed(teacher, **options):
     """A loss for sets of several objects: beside the batch, scenes that are `put_together` from a
-    `teacher`, a model of the set `near`. Each is encoded from either of two cameras and compared
-    from the other. The teacher was trained on single views alone, so no two real views of a scene
-    are used. Several processes would put the same scenes together: use one.
+    `teacher`. Each is encoded from either of two cameras and compared from the other. The teacher
+    was trained on single views alone, so no two real views of a scene are used. Several processes
+    would put the same scenes together: use one.
     """
     def loss(model, ema, x0, poses, progress, rank=0, world=1):
-        (a, from_a), (b, from_b) = put_together(teacher, near, ema.config, count, most, reach,
-                                                apart, scales)
+        (a, from_a), (b, from_b) = put_together(teacher, ema.config, **options)
         return rd.denoising_loss(
             model, ema, torch.cat([x0, a, b]), torch.cat([poses, from_a, from_b]), progress, rank,
             world, seen=(torch.cat([x0, b, a]), torch.cat([poses, from_b, from_a])))
