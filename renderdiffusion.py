@@ -870,15 +870,17 @@ def inpaint(model, images, masks, poses=None, steps=50, jump_length=5, jump_n_sa
             x = left.sqrt() * x + (1 - left).sqrt() * noise
             continue
         x = known * schedule.add_noise(images, t, noise) + (1 - known) * x
+        if s == 0:                                              # fine, for this is kept
+            x = model.render(model.encode(x, t), poses)[0]
+            break
         with torch.enable_grad():
             x.requires_grad_()
-            x0_hat = model.render(model.encode(x, t), poses, fine=s == 0)[0]
+            x0_hat = model.render(model.encode(x, t), poses, fine=False)[0]
             misfit = ((known * (x0_hat - images)).square().sum((1, 2, 3)) + 1e-12).sqrt()
             gradient, = torch.autograd.grad(misfit.sum(), x)
         x, x0_hat = x.detach(), x0_hat.detach().clamp(-1, 1)
         mean, variance = schedule.posterior(x0_hat, x, t, s)
-        x = mean + variance.sqrt() * standard_normal(x, generator)
-        x = x - guidance * gradient if s else x0_hat            # at the end what was rendered
+        x = mean + variance.sqrt() * standard_normal(x, generator) - guidance * gradient
     x = known * images + (1 - known) * x.clamp(-1, 1)
     return x, model.encode(x, 0)
 

@@ -80,27 +80,28 @@ def extent(model, ema, x0, poses, *rest):
 @torch.no_grad()
 def put_together(teacher, config, near="clevr1", count=6, most=4, reach=0.55, apart=0.9,
                  scales=(0.17 / 0.35, 0.28 / 0.44)):
-    """`count` scenes made of one to `most` that `teacher` reconstructs, each from a new picture of
-    the set `near`: one of `scales` as large (here `clevr`'s radii by `clevr1`'s), moved by up to
-    `reach` along x and y, and `apart` from each other where all have scale 1. A part that finds no
-    place in 16 tries is left out. -> for each of two random cameras of the set `config.data`, what
-    it sees (B, 3, S, S), and poses (B, 4, 4).
+    """`count` scenes, each of one to `most` objects that `teacher` reconstructs from new pictures
+    of the set `near`. An object is scaled by one of `scales` (here `clevr`'s two radii by
+    `clevr1`'s), stands on the ground of the set `config.data` within `reach` of the middle along x
+    and y, and keeps `apart` times the mean of both scales from each other one. Without a place
+    after 16 tries it is left out. Both sets are built in.
+    -> two pairs of pictures (count, 3, S, S) and poses (count, 4, 4), from random cameras.
     """
     device, S = teacher.background.device, config.resolution
     number = torch.randint(1, most + 1, (count,), device=device)
     places = reach * (2 * torch.rand(count, most, 2, device=device) - 1)
-    scale = torch.tensor(scales, device=device)[
+    sizes = torch.tensor(scales, device=device)[
         torch.randint(len(scales), (count, most), device=device)]               # (B, most)
     there = torch.arange(most, device=device) < number[:, None]                 # (B, most)
     for k in range(1, most):
         for _ in range(16):
             distance = (places[:, :k] - places[:, k:k + 1]).norm(dim=-1)
-            near_by = distance < apart * (scale[:, :k] + scale[:, k:k + 1]) / 2
-            clash = (there[:, :k] & near_by).any(1)                             # (B,)
+            too_close = distance < apart * (sizes[:, :k] + sizes[:, k:k + 1]) / 2
+            clash = (there[:, :k] & too_close).any(1)                           # (B,)
             places[clash, k] = reach * (2 * torch.rand_like(places[clash, k]) - 1)
         there[:, k] &= ~clash
     scene, part = there.nonzero(as_tuple=True)                                  # (M,) parts
-    scale = scale[scene, part, None, None]                                      # (M, 1, 1)
+    scale = sizes[scene, part, None, None]                                      # (M, 1, 1)
     lift = SETS[config.data].ground - scale * SETS[near].ground                 # on the ground
     move = torch.cat([places[scene, part, None], lift], dim=-1)                 # (M, 1, 3)
     pictures = synthetic(near, len(scene), 1, S, config.seed + 1, device, depth=False,
@@ -127,8 +128,9 @@ def put_together(teacher, config, near="clevr1", count=6, most=4, reach=0.55, ap
 
 
 def composed(teacher, **options):
-    """A loss for sets of several objects: beside the batch, scenes that are `put_together` from a
-    `teacher`. Each is encoded from either of two cameras and compared from the other. The teacher
+    """A loss for sets of several objects: beside the batch, scenes that are `put_together` by a
+    `teacher`, a model of the set `near` (clevr1, unless `options`, those of `put_together`, say
+    another). Each is encoded from either of two cameras and compared from the other. The teacher
     was trained on single views alone, so no two real views of a scene are used. Several processes
     would put the same scenes together: use one.
     """

@@ -13,10 +13,11 @@ t_r         t_r.png, t_r_pictures.png: novel views by t_r, for inputs like the t
 inpainting  NAME_inpainting.png: fillings of a hole of 40 % of the side; how well, how varied
 loss        loss.png: mean error by t
 generation  how good generated scenes are, by networks that judge.py trains on the set itself
-composed    composed.png: scenes that are put together from clevr1's, beside clevr's
+together    together.png: scenes put together from clevr1's objects, beside clevr's
 training    training.png: samples and novel views during thirty minutes of training
 
-Prints Markdown tables, writes pictures to --out. Scenes are held out: trainings use other seeds.
+Prints Markdown tables, writes pictures to --out. Scenes are held out: trainings use other seeds
+(but `together` shows what a training sees).
 """
 import argparse
 import math
@@ -302,16 +303,17 @@ def generation(models, out, count=256, readable=8192):
         table(*kinds)
 
 
-def composed(models, out, count=8):
-    """What `clevr` is taught with: scenes of clevr1's objects, from two sides, beside the set's."""
+def together(models, out, count=8):
+    """What `clevr` is taught with: scenes of clevr1's objects, from two sides; and some of the set.
+    """
     if not {"clevr1", "clevr"} <= set(models):
         return
     config = models["clevr"].config
     torch.manual_seed(3)
     (a, _), (b, _) = put_together(models["clevr1"], config, count=count)
     views = synthetic("clevr", count, 1, config.resolution, rd.HELD_OUT, depth=False)
-    rd.save_grid(out / "composed.png", {"put together": a, "from another side": b,
-                                        "clevr, traced": views.images[:, 0]})
+    rd.save_grid(out / "together.png", {"put together": a, "from another side": b,
+                                        "others, traced": views.images[:, 0]})
 
 
 def training(models, out, count=64, minutes=30.0, marks=(1, 2, 5, 10)):
@@ -338,7 +340,7 @@ def training(models, out, count=64, minutes=30.0, marks=(1, 2, 5, 10)):
 
 
 FIGURES = {f.__name__: f for f in (scores, shapes, marching, samples, steps, t_r, inpainting, loss,
-                                   generation, composed, training)}
+                                   generation, together, training)}
 
 
 def main(argv=None):
