@@ -870,7 +870,7 @@ def inpaint(model, images, masks, poses=None, steps=50, jump_length=5, jump_n_sa
             x = left.sqrt() * x + (1 - left).sqrt() * noise
             continue
         x = known * schedule.add_noise(images, t, noise) + (1 - known) * x
-        if s == 0:                                              # fine, for this is kept
+        if s == 0:                              # what is kept: with importance samples
             x = model.render(model.encode(x, t), poses)[0]
             break
         with torch.enable_grad():

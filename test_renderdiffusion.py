@@ -2901,6 +2901,14 @@ def test_shipped_weights_show_novel_views_of_unseen_scenes(clevr1):
     assert scores["novel"]["psnr"] > scores["baseline_input_copied"]["psnr"] + 5
 
 
+@slow
+@pytest.mark.parametrize("name, least", dict(cars=24.5, chairs=26.6, planes=26.4, clevr=20.8).items())
+def test_the_other_shipped_weights_show_novel_views_of_unseen_scenes(name, least):
+    """At most a decibel less than they did when they were shipped."""
+    scores = evaluate(load_checkpoint(name), synthetic(name, 32, 3, 32, seed=rd.HELD_OUT))
+    assert scores["novel"]["psnr"] >= least
+
+
 def test_shipped_weights_generate_scenes_of_many_kinds(clevr1):
     poses = orbit(torch.arange(8) * 45.0, 35, clevr1.config.radius)
     images, planes = generate(clevr1, poses, steps=20)

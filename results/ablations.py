@@ -81,10 +81,10 @@ def extent(model, ema, x0, poses, *rest):
 def put_together(teacher, config, near="clevr1", count=6, most=4, reach=0.55, apart=0.9,
                  scales=(0.17 / 0.35, 0.28 / 0.44)):
     """`count` scenes, each of one to `most` objects that `teacher` reconstructs from new pictures
-    of the set `near`. An object is scaled by one of `scales` (here `clevr`'s two radii by
-    `clevr1`'s), stands on the ground of the set `config.data` within `reach` of the middle along x
-    and y, and keeps `apart` times the mean of both scales from each other one. Without a place
-    after 16 tries it is left out. Both sets are built in.
+    of the set `near`. An object is scaled by one of `scales` (here `clevr1`'s radii, 0.35 and 0.44,
+    become 0.17 to 0.28, as `clevr`'s are), stands on the ground of the set `config.data` within
+    `reach` of the middle along x and y, and keeps `apart` times the mean of both scales from each
+    other one. Without a place after 16 tries it is left out. Both sets are built in.
     -> two pairs of pictures (count, 3, S, S) and poses (count, 4, 4), from random cameras.
     """
     device, S = teacher.background.device, config.resolution

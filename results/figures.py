@@ -304,8 +304,7 @@ def generation(models, out, count=256, readable=8192):
 
 
 def together(models, out, count=8):
-    """What `clevr` is taught with: scenes of clevr1's objects, from two sides; and some of the set.
-    """
+    """What taught `clevr`: scenes of clevr1's objects, from two sides; below, others of the set."""
     if not {"clevr1", "clevr"} <= set(models):
         return
     config = models["clevr"].config
