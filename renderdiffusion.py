@@ -14,9 +14,10 @@ cameras, it generates, reconstructs and inpaints scenes that can be looked at fr
     python renderdiffusion.py evaluate --json
     python renderdiffusion.py export                     # coloured points (.ply)
 
-Beyond the paper the encoder estimates its camera (`fold`, `lay_down`), and later in training some
-pictures are encoded from another side (`other_side`): options, all of them. What else differs, or
-is our choice where the paper does not say: README.md, "Differences".
+The paper comes first. What goes beyond it is one section, after inpainting: a compass that tells
+the encoder its camera (`fold`), and pictures encoded from another side (`other_side`); with 0 for
+both, training is the paper's. What is our choice where the paper does not say: README.md,
+"Differences".
 
 Conventions
     world    right-handed, z up; the scene fills the cube [-1, 1]^3, which the planes cover
@@ -32,112 +33,98 @@ Shapes
 import argparse
 import copy
 import dataclasses
-import inspect
+import json
 import math
 import os
-import re
-import signal
 import sys
 import time
-from functools import lru_cache
 from io import BytesIO
-from json import dumps
 from pathlib import Path
+from tempfile import TemporaryFile
 from zipfile import ZipFile
 
-import matplotlib
-from matplotlib.figure import Figure
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from data import SETS, camera_rays, load, mix, open_picture, orbit, read_image, read_mask, synthetic
+from data import (camera_rays, load, mix, open_picture, orbit, progress, read_image, read_mask,
+                  test_views, training_pictures, turn_poses)
 
 
 # ---- Configuration -----------------------------------------------------------------------------
 
+def option(default, text, least=0, most=1e9, among=None):
+    """A field of `Config`: its default, its help, and what it can be."""
+    return dataclasses.field(default=default, metadata=dict(text=text, least=least, most=most,
+                                                            among=among))
+
+
+SIDES = 16, 32, 64, 128, 256        # of pictures: halved, each ends in 4
+
+
 @dataclasses.dataclass
 class Config:
-    """Everything a training depends on: `train`'s options, and saved in every checkpoint."""
+    """What a training depends on: `train`'s options, saved in every checkpoint.
+
+    ValueError, one sentence, for a value that cannot be.
+    """
     # data
-    data: str = "clevr1"        # a built-in set (clevr1, clevr, cars, chairs, planes) or a folder
-    scenes: int = 0             # scenes to train on; 0: fresh ones for ever (built-in sets)
-    views: int = 1              # pictures of a scene (of a fixed number of scenes), each on its own
-    resolution: int = 32        # image side S, a power of two from 16 to 256
-    focal: float = 1.6          # in image widths; training copies it from the set, and these too:
-    background: tuple = (0.5, 0.5, 0.5)     # RGB in [-1, 1] of what lies behind the cube
-    radius: float = 2.7         # the cameras' distance from the middle
-    elevation: tuple = (20.0, 50.0)         # the lowest and the highest camera, in degrees
+    data: str = option("clevr1", "a built-in set, a name in subsets/, or a path")
+    scenes: int = option(0, "scenes to train on; 0: all there are, of built-in sets fresh ones")
+    views: int = option(1, "pictures of a scene, each on its own", 1)
+    resolution: int = option(32, "image side S", among=SIDES)
     # model
-    plane_size: int = 32        # triplane side N, a power of two, at least 16
-    plane_channels: int = 16    # triplane features C
-    unet_channels: int = 48     # channels at S / 2, a multiple of 16; up to four times that below
-    mlp_hidden: int = 64        # width of the MLP's two hidden layers
-    fold: int = 4               # planes get this times the azimuth found; 0: nothing (the paper)
-    lay_down: bool = False      # lay features on a level plane, for objects that stand anywhere
-    samples: int = 12           # stratified samples a ray
-    fine_samples: int = 12      # importance samples where those saw matter
+    plane_size: int = option(32, "triplane side N", among=(*SIDES, 512))
+    plane_channels: int = option(16, "triplane features C", 1, 1024)
+    unet_channels: int = option(48, "the U-Net's channels at side 16, a multiple of 16", 16, 1024)
+    unet_blocks: int = option(1, "residual blocks a stage at sides of 16 and more", 1, 16)
+    mlp_hidden: int = option(64, "width of the MLP's two hidden layers", 1, 4096)
+    fold: int = option(4, "the compass tells this times the azimuth; 0: no compass (the paper)", 0,
+                       8)
+    samples: int = option(12, "stratified samples a ray", 1, 4096)
+    fine_samples: int = option(12, "importance samples where those saw matter", 0, 4096)
     # diffusion
-    timesteps: int = 1000       # T
-    schedule: str = "cosine"    # cosine or linear
-    loss: str = "l1"            # l1 or l2
-    clean: float = 0.2          # share of examples without noise, which t_r = 0 needs
-    other_side: float = 0.5     # share of a batch encoded from another side; 0: the paper's scheme
-    other_side_from: float = 0.4    # from this part of the training on
-    shift: float = 0.0          # these scenes are moved by up to this along x and y
+    timesteps: int = option(1000, "T", 1, 1e6)
+    schedule: str = option("cosine", "alpha_bar", among=("cosine", "linear"))
+    loss: str = option("l1", "what is wrong with a pixel", among=("l1", "l2"))
+    clean_share: float = option(0.2, "share of examples without noise, which t_r = 0 needs", 0, 1)
+    other_side: float = option(0.5, "share of a batch encoded from another side; 0: the paper", 0, 1)
+    other_side_from: float = option(0.4, "from this part of the training on", 0, 1)
     # training
-    batch: int = 16             # images a step and process
-    rays: int = 256             # rays an image
-    empty_rays: float = 0.1     # weight of background pixels when rays are drawn; the others' is 1
-    steps: int = 6400           # optimiser steps
-    minutes: float = 0.0        # train by the clock instead; 0: by steps
-    lr: float = 1e-3            # Adam's learning rate between warm-up and decay
-    ema: float = 0.999          # decay of the weights' moving average, which is what is used
-    seed: int = 0               # of weights, scenes and noise; 0 or more
-    compile: bool = False       # torch.compile the U-Net: a minute to start, for long trainings
-    device: str = "auto"        # auto (cuda, mps or cpu, the first there is) or a torch device
-    out: str = "out"            # folder for the checkpoint and pictures
-    resume: bool = False        # continue from the checkpoint in `out`
-    init: str = ""              # begin with these weights: a file, or a name in checkpoints/
+    batch: int = option(16, "pictures a step and process", 1, 1e6)
+    rays: int = option(256, "rays a picture", 1, 65536)
+    steps: int = option(6400, "optimiser steps", 1)
+    minutes: float = option(0.0, "train by the clock instead; 0: by steps")
+    lr: float = option(1e-3, "Adam's learning rate between warm-up and decay", 1e-9, 10)
+    seed: int = option(0, "of weights, scenes and noise")
+    compile: bool = option(False, "torch.compile the U-Net: a minute to start, for long trainings")
+    device: str = option("auto", "cuda, mps or cpu; auto: the first that works")
+    out: str = option("out", "folder for the checkpoint, samples and a table")
+    resume: bool = option(False, "go on with the checkpoint in `out`")
+    init: str = option("", "begin with these weights: a file, or a name in checkpoints/")
+    # what `train` copies from the set, and no options
+    focal: float = 1.6                      # in image widths
+    background: tuple = (0.5, 0.5, 0.5)     # RGB in [-1, 1] of what lies behind the cube
+    radius: float = 2.7                     # the cameras' distance from the middle
+    elevation: tuple = (20.0, 50.0)         # the lowest and the highest camera, in degrees
 
-    def validate(self):
-        """Returns itself, or raises ValueError: one sentence on the first field that is off."""
+    def __post_init__(self):
         for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            kind = (int, float) if isinstance(field.default, float) else type(field.default)
-            numbers = value if isinstance(value, tuple) else ()
-            if (not isinstance(value, kind) or np.size(value) != np.size(field.default)
-                    or not all(isinstance(number, (int, float)) for number in numbers)):
+            name, value, limits = field.name, getattr(self, field.name), field.metadata
+            if not isinstance(value, (int, float) if field.type is float else field.type):
                 raise ValueError(f"{name} must be like {field.default!r}, not {value!r}")
-            check(name, value)
-        if self.init and self.resume:
-            raise ValueError("init begins a training and resume goes on with one: give one of them")
-        return self
-
-
-LIMITS = {      # of a field or an option, or all that it can be; not here: from 0 to a billion
-    "views": (1, 1e9), "resolution": [16, 32, 64, 128, 256], "focal": (1e-3, 1e3),
-    "background": (-1, 1), "radius": (1e-3, 1e3), "elevation": (-90, 90), "azimuth": (-360, 360),
-    "plane_size": [16, 32, 64, 128, 256, 512], "plane_channels": (1, 1024),
-    "unet_channels": range(16, 1025, 16), "mlp_hidden": (1, 4096), "fold": (0, 8),
-    "samples": (1, 4096), "timesteps": (1, 1e6), "schedule": ["cosine", "linear"],
-    "loss": ["l1", "l2"], "clean": (0, 0.99), "other_side": (0, 1), "other_side_from": (0, 1),
-    "shift": (0, 1), "batch": (1, 1e6), "rays": (1, 65536), "empty_rays": (1e-3, 1),
-    "steps": (1, 1e9), "lr": (1e-9, 10), "ema": (0, 0.99999), "count": (1, 1000), "eta": (0, 1),
-    "fillings": (1, 100)}
-
-
-def check(name, value):
-    """ValueError where a value, or one of several, is not within its LIMITS, or is NaN."""
-    limits = LIMITS.get(name, (0, 1e9))
-    for one in value if isinstance(value, (tuple, list)) else (value,):
-        if not isinstance(limits, tuple):
-            if one not in limits:
-                raise ValueError(f"{name} must be one of {limits}, not {one!r}")
-        elif isinstance(one, (int, float)) and not limits[0] <= one <= limits[1]:
-            raise ValueError("{} must be from {:g} to {:g}, not {!r}".format(name, *limits, one))
+            if not limits:
+                if not np.isfinite(value).all() or np.size(value) != np.size(field.default):
+                    raise ValueError(f"{name} must be like {field.default!r}, not {value!r}")
+            elif limits["among"] and value not in limits["among"]:
+                raise ValueError(f"{name} must be one of {limits['among']}, not {value!r}")
+            elif field.type in (int, float) and not limits["least"] <= value <= limits["most"]:
+                raise ValueError(f"{name} must be from {limits['least']:g} to {limits['most']:g}, "
+                                 f"not {value}")
+        if self.unet_channels % 16:
+            raise ValueError(f"unet_channels must be a multiple of 16, not {self.unet_channels}")
 
 
 # ---- Noise schedule: q(x_t | x_0) and q(x_s | x_t, x_0) ----------------------------------------
@@ -150,8 +137,8 @@ class NoiseSchedule:
     """
 
     def __init__(self, T=1000, kind="cosine"):
-        check("timesteps", T)
-        check("schedule", kind)
+        if kind not in ("cosine", "linear") or not T >= 1:
+            raise ValueError(f"a schedule is cosine or linear, of at least 1 step, not {kind}, {T}")
         if kind == "cosine":
             f = torch.cos((torch.arange(T + 1).double() / T + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = 1 - f[1:] / f[:-1]
@@ -189,7 +176,7 @@ class NoiseSchedule:
 
 class Block(nn.Module):
     """GroupNorm, SiLU, 3x3 convolution, twice, t's embedding scaling and shifting in between; then
-    self-attention over all positions, where there are few. Starts close to the identity.
+    self-attention over all positions, where there are few. Starts as the identity.
     """
 
     def __init__(self, c, c_emb, attention):
@@ -198,11 +185,13 @@ class Block(nn.Module):
         self.norm2, self.conv2 = nn.GroupNorm(8, c), nn.Conv2d(c, c, 3, padding=1)
         self.emb = nn.Linear(c_emb, 2 * c)
         nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
         self.attention = attention
         if attention:
             self.norm3, self.qkv = nn.GroupNorm(8, c), nn.Conv2d(c, 3 * c, 1)
             self.out = nn.Conv2d(c, c, 1)
             nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
 
     def forward(self, x, emb):
         B, c, H, W = x.shape
@@ -216,122 +205,105 @@ class Block(nn.Module):
         return x
 
 
-def multiply_angle(z, count):
-    """Vectors (B, 2) -> (B, 2) at `count` times their angles, their lengths to the power `count`:
-    an estimate that is unsure is short, and so counts for less.
-    """
-    length, angle = z.norm(dim=1, keepdim=True), torch.atan2(z[:, 1:], z[:, :1])
-    return length ** count * torch.cat([(count * angle).cos(), (count * angle).sin()], dim=1)
-
-
-class Compass(nn.Module):
-    """Estimates where a picture was taken from: x_t (B, 3, S, S) -> (B, numbers), the cosine and
-    sine of the camera's azimuth and, as a third number, the sine of its elevation. Taught by the
-    squared error, it gives the mean over what the picture leaves open: for the azimuth a vector the
-    shorter, the less can be told. `depth` (1 or 2) convolutions a size, from S / 2 down to 4 x 4.
-    """
-
-    def __init__(self, S, numbers, depth):
-        super().__init__()
-        layers, a = [], 3
-        for i in range(int(math.log2(S)) - 2):
-            b = min(32 << i, 128)
-            for stride in (2, 1)[:depth]:
-                layers += [nn.Conv2d(a, b, 3, stride, padding=1), nn.GroupNorm(8, b), nn.SiLU()]
-                a = b
-        self.layers = nn.Sequential(*layers, nn.Conv2d(a, numbers, 4))         # all of 4 x 4
-
-    def forward(self, x_t):
-        return self.layers(x_t)[:, :, 0, 0].float()
-
-
-def lay_down(features, facing, focal, radius):
-    """Features (B, c, H, H) of pictures, laid on the level plane z = 0 -> (B, c, H, H), in row y
-    and column x: what a picture has where the point (x, y, 0) is seen, 0 outside of it.
-
-    facing (B, 3) tells where the camera is, as the compass does; it looks at the origin from
-    `radius` world units, with `focal` image widths. Known as inverse perspective mapping.
-    """
-    (c, s), sin = F.normalize(facing[:, :2], dim=1).mT[..., None, None], facing[:, 2, None, None]
-    H = features.shape[-1]
-    x = (2 * torch.arange(H, device=facing.device) + 1) / H - 1                 # texels' middles
-    y = x[:, None]
-    near, right = c * x + s * y, c * y - s * x                  # towards the camera, (B, H, H)
-    depth = radius - near * (1 - sin ** 2).clamp(min=0).sqrt()
-    # what is behind a camera that stands within the cube is not to be divided by zero
-    grid = 2 * focal * torch.stack([right, near * sin], dim=-1) / depth.clamp(min=0.1)[..., None]
-    return F.grid_sample(features.float(), grid, align_corners=False).to(features)
-
-
 class UNet(nn.Module):
     """The encoder e: x_t (B, 3, S, S), t (B,) -> planes (B, 3C, N, N). It is not told the camera.
 
-    From S / 2 down to 4 x 4, up again to N / 2 with skips, added, and the last doubling without:
-    a plane's texel lies in the world, a pixel before the camera, so there is nothing to copy.
-
-    A picture shows an object's turn against the camera, a; planes need its turn in the world,
-    a + b with b the camera's azimuth. cos(a + b) = cos a cos b - sin a sin b is made of products,
-    which plain training does not find (README.md, "What matters"). So `compass` estimates b, and
-    the estimate scales and shifts the stages on the way up, as t does. These are told not b but
-    `fold` * b: with 4, cameras a quarter turn apart are the same to them, enough for how a box is
-    turned, and too little for a relief: a shape that looks right from the picture's side alone.
-
-    Where an object stands follows from b itself and from the elevation. With `lay_down` the compass
-    estimates both, and the stages on the way up get features laid on a level plane: they know the
-    camera then, and reliefs are possible again.
+    Stages are named by their side: S / 2, ..., 8, 4 on the way down, 4, 8, ..., N / 2 up again,
+    with skips, added, and the last doubling without: a plane's texel lies in the world, a pixel
+    before the camera, so there is nothing to copy. A stage's width goes by its side alone, and
+    each of side 16 or more has its own way in and out: a stem sees the picture averaged down to
+    twice the side, a head gives planes of twice the side, which are doubled and added to what
+    larger heads give. So the network of a small picture is part of that of a larger one, and
+    grows into it (`grow`): what a larger picture adds starts at zero.
     """
 
     def __init__(self, config):
         super().__init__()
         S, N, base = config.resolution, config.plane_size, config.unet_channels
+        sides = [2 ** i for i in range(2, 9)]                                  # 4, 8, ..., 256
+        down, up = [s for s in sides[::-1] if s < S], [s for s in sides if s < N]
 
         def width(side):
-            return base * min(4, max(1, S // 2 // side))
+            return base * 16 // side if side <= 16 else math.ceil(base / 24) * 16      # 2/3 base
 
-        def block(side):
-            return Block(width(side), 4 * base, attention=side <= 8)
+        def stage(side):
+            blocks = config.unet_blocks if side >= 16 else 1
+            return nn.ModuleList(Block(width(side), 4 * base, side <= 8 or (side == 16 and i > 0))
+                                 for i in range(blocks))
 
-        down = [S // 2 >> i for i in range(int(math.log2(S)) - 2)]             # S/2, ..., 8, 4
-        up = [4 << i for i in range(int(math.log2(N)) - 2)]                    # 4, 8, ..., N/2
+        def head(side):
+            return nn.Sequential(nn.GroupNorm(8, width(side)), nn.SiLU(), nn.Conv2d(
+                width(side), 3 * config.plane_channels, 3, padding=1))
+
+        def by_side(make, sides):
+            return nn.ModuleDict({str(side): make(side) for side in sides})
+
         self.base = base
         self.embed = nn.Sequential(nn.Linear(base, 4 * base), nn.SiLU(),
                                    nn.Linear(4 * base, 4 * base))
-        self.stem = nn.Conv2d(3, base, 4, stride=2, padding=1)
-        self.down = nn.ModuleList(block(side) for side in down)
-        self.shrink = nn.ModuleList(nn.Conv2d(width(2 * side), width(side), 3, stride=2, padding=1)
-                                    for side in down[1:])
-        self.middle = block(4)
-        self.config, self.facing = config, None
-        self.compass = (Compass(S, 3, depth=2) if config.lay_down else
-                        Compass(S, 2, depth=1) if config.fold else None)
-        self.turn = nn.Linear(2, 4 * base) if config.fold else None
-        self.up = nn.ModuleList(block(side) for side in up)
-        self.grow = nn.ModuleList(nn.Conv2d(width(side // 2), width(side), 1) for side in up[1:])
-        self.out = nn.Sequential(nn.GroupNorm(8, width(N // 2)), nn.SiLU(), nn.Conv2d(
-            width(N // 2), 3 * config.plane_channels, 3, padding=1))
+        self.stem = by_side(lambda side: nn.Conv2d(3, width(side), 4, stride=2, padding=1),
+                            [side for side in down if side >= 16 or side == S // 2])
+        self.shrink = by_side(lambda side: nn.Conv2d(width(2 * side), width(side), 3, stride=2,
+                                                     padding=1), down[1:])
+        self.down, self.up = by_side(stage, down), by_side(stage, up)
+        self.middle = Block(width(4), 4 * base, True)
+        self.grow = by_side(lambda side: nn.Conv2d(width(side // 2), width(side), 1), up[1:])
+        self.head = by_side(head, [side for side in up if side >= 16 or side == N // 2])
+        self.compass = Compass(config) if config.fold else None                # beyond the paper
+        joins = [self.shrink[side] for side in self.shrink if side in self.stem]
+        for layer in joins + [head[-1] for head in list(self.head.values())[1:]]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x_t, t):
         frequencies = 1e4 ** -torch.linspace(0, 1, self.base // 2, device=t.device)
         phase = t[:, None] * frequencies
         emb = self.embed(torch.cat([phase.sin(), phase.cos()], dim=1))         # (B, 4 base)
-        h, skips = self.stem(x_t), {}                                          # (B, base, S/2, S/2)
-        for i, block in enumerate(self.down):
-            h = skips[h.shape[-1]] = block(self.shrink[i - 1](h) if i else h, emb)
-        h = self.middle(h, emb)                                                # (B, c, 4, 4)
+        h, skips = None, {}
+        for side, blocks in self.down.items():                                 # S/2, ..., 8, 4
+            ways = [self.shrink[side](h)] if side in self.shrink else []
+            if side in self.stem:
+                ways.append(self.stem[side](F.adaptive_avg_pool2d(x_t, 2 * int(side))))
+            h = sum(ways)                                                      # (B, c, side, side)
+            for block in blocks:
+                h = block(h, emb)
+            skips[side] = h
+        h, planes = self.middle(h, emb), None
         if self.compass:
-            self.facing = self.compass(x_t)                                    # (B, 2 or 3)
-            facing = self.facing.detach()
-        if self.config.fold:
-            emb = emb + self.turn(multiply_angle(facing[:, :2], self.config.fold))
-        if self.config.lay_down:
-            camera = facing, self.config.focal, self.config.radius
-            h, skips = lay_down(h, *camera), {side: lay_down(skip, *camera) for side, skip in
-                                              skips.items() if side <= self.config.plane_size // 2}
-        for i, block in enumerate(self.up):
-            if i:
-                h = F.interpolate(self.grow[i - 1](h), scale_factor=2)
-            h = block(h + skips.get(h.shape[-1], 0), emb)                  # last: (B, c, N/2, N/2)
-        return self.out(F.interpolate(h, scale_factor=2))                      # (B, 3C, N, N)
+            emb = emb + self.compass.embed(x_t)
+        for side, blocks in self.up.items():                                   # 4, 8, ..., N/2
+            if side in self.grow:
+                h = F.interpolate(self.grow[side](h), scale_factor=2)
+            h = h + skips[side] if side in skips else h
+            for block in blocks:
+                h = block(h, emb)
+            if side in self.head:
+                new = self.head[side](F.interpolate(h, scale_factor=2))
+                planes = new if planes is None else new + double(planes)
+        return planes                                                          # (B, 3C, N, N)
+
+
+def double(planes):
+    """Planes (B, C, N, N) -> (B, C, 2N, 2N): as `sample_triplanes` reads them, so the same field
+    (but between texels, where the doubled ones have more corners)."""
+    return F.interpolate(planes, scale_factor=2, mode="bilinear", align_corners=True)
+
+
+@torch.no_grad()
+def grow(model, weights):
+    """Fill `model` from the model `weights` of its own size, or smaller: the same function at first.
+
+    The picture may be two or four times as large (from 32 on), the planes larger, the stages deeper.
+    ValueError, naming what differs, for weights that do not fit.
+    """
+    for name in ("plane_channels", "unet_channels", "mlp_hidden", "fold", "resolution",
+                 "plane_size", "unet_blocks"):
+        its, ours = getattr(weights.config, name), getattr(model.config, name)
+        grows = {"unet_blocks": its < ours, "plane_size": 32 <= its < ours,
+                 "resolution": 32 <= its < ours <= 4 * its}
+        if its != ours and not grows.get(name):
+            raise ValueError(f"the weights have {name} = {its}, which cannot become {ours}")
+    model.load_state_dict(weights.state_dict(), strict=False)
 
 
 # ---- Triplanes and MLP: points -> density and colour -------------------------------------------
@@ -389,7 +361,9 @@ def composite(density, color, deltas, background):
     (B, R, K); the background gets 1 minus their sum. Colours are in [0, 1].
     """
     optical_depth = density * deltas
-    before = F.pad(torch.cumsum(optical_depth, dim=-1)[..., :-1], (1, 0))
+    # what lies before each sample; on GPUs a product is much faster than a cumulative sum
+    K = density.shape[-1]
+    before = optical_depth @ torch.ones(K, K, device=density.device).triu(1)
     weights = torch.exp(-before) * -torch.expm1(-optical_depth)                # T_i alpha_i
     left = 1 - weights.sum(-1, keepdim=True)
     return (weights[..., None] * color).sum(-2) + left * background, weights
@@ -481,21 +455,24 @@ class RenderDiffusion(nn.Module):
             planes = self.unet(x_t, t)
         return planes.float().reshape(len(x_t), 3, -1, N, N)
 
+    def field(self, planes, points):
+        """Planes (B, 3, C, N, N) at points (B, P, 3) -> density (B, P), colour (B, P, 3)."""
+        return self.mlp(points, sample_triplanes(planes, points))
+
     def march(self, planes, origins, directions, jitter=None, fine=True):
         """Rays (B, R, 3) through planes -> rgb (B, R, 3) in [0, 1], depth, opacity (B, R); without
         importance samples if not `fine`. jitter: as for the function of this name.
         """
-        def field(points):
-            return self.mlp(points, sample_triplanes(planes, points))
-        return march(field, origins, directions, self.config.samples,
-                     self.config.fine_samples if fine else 0, self.background, jitter)
+        return march(lambda points: self.field(planes, points), origins, directions,
+                     self.config.samples, self.config.fine_samples if fine else 0,
+                     self.background, jitter)
 
     def render(self, planes, poses, focal=None, resolution=None, fine=True):
         """Planes (B, 3, C, N, N) from poses (B, 4, 4) or a single one -> rgb (B, 3, S, S) in
         [-1, 1], depth and opacity (B, S, S). focal and resolution: None is the config's. Not
         `fine`: by stratified samples alone, in half the time.
         """
-        S, poses = resolution or self.config.resolution, poses.expand(len(planes), 4, 4)
+        S, poses = resolution or self.config.resolution, poses.to(planes).expand(len(planes), 4, 4)
         origins, directions = camera_rays(poses, focal or self.config.focal, S)
         points = self.points_at_once * (1 if planes.device.type == "cpu" else 64)
         rays = points // (len(planes) * self.config.samples) + 1
@@ -504,207 +481,157 @@ class RenderDiffusion(nn.Module):
         rgb, depth, opacity = (torch.cat(part, dim=1) for part in zip(*parts))
         return (rgb.mT.reshape(-1, 3, S, S) * 2 - 1, depth.view(-1, S, S), opacity.view(-1, S, S))
 
-    def forward(self, x_t, t, poses, pixels=None, jitter=None):
-        """x0_hat (B, 3, S, S), or at the pixel numbers (B, n) alone (B, n, 3), in [-1, 1]."""
+    def forward(self, x_t, t, poses, pixels=None):
+        """x0_hat (B, 3, S, S) in [-1, 1]; or at the pixel numbers (B, n) alone (B, n, 3), in
+        training with samples at random places along the rays."""
         planes = self.encode(x_t, t)
         if pixels is None:
             return self.render(planes, poses)[0]
-        rays = camera_rays(poses, self.config.focal, self.config.resolution)
+        rays = camera_rays(poses.to(planes), self.config.focal, self.config.resolution)
         origins, directions = (r.take_along_dim(pixels[..., None], dim=1) for r in rays)
+        samples = self.config.samples + self.config.fine_samples
+        jitter = torch.rand(*pixels.shape, samples, device=x_t.device) if self.training else None
         return self.march(planes, origins, directions, jitter)[0] * 2 - 1
 
 
 # ---- Training ----------------------------------------------------------------------------------
 
-AHEAD = {"cuda": 64}                # steps' scenes traced at once: tracing waits for the GPU
-HELD_OUT = -1                       # the seed of scenes that training, which refuses it, never sees
+def draw_levels(config, B, device):
+    """t (B,): 0 for a share `clean_share`, the rest evenly from 1..T; one draw in each of B equal
+    parts, in random order."""
+    u = (torch.randperm(B, device=device) + torch.rand(B, device=device)) / B
+    noisy = (u - config.clean_share) / max(1 - config.clean_share, 1e-9)       # (B,) in [0, 1)
+    t = 1 + (noisy * config.timesteps).long().clamp(0, config.timesteps - 1)
+    return torch.where(u < config.clean_share, 0, t)
 
 
-def denoising_loss(model, ema, x0, poses, progress, rank=0, world=1, seen=None):
-    """One step's loss on images x0 (B, 3, S, S) seen from poses (B, 4, 4), at random t and pixels.
+# Mere background is soon learnt: where rays are drawn its pixels have this weight, all others 1. The
+# loss is not corrected for it: what is to be seen counts more.
+EMPTY_RAYS = 0.1
 
-    The paper's scheme: noise the picture, encode it, render it again from its own camera. From
-    `other_side_from` on, in a share of the examples what is noised is what the averaged model shows
-    of the scene from another picture's camera. So planes must hold where the camera did not look,
-    and training still sees one view a scene. With `shift` that scene is moved along the ground: so
-    what is sharp in the middle teaches what stands off it. seen: images and poses, like x0 and
-    poses, that are encoded in their place (None: themselves).
-    Each of `world` processes draws the numbers of all and takes its own: together they are one, but
-    that each encodes the first of its own pictures from another side, from cameras of its own.
+
+def draw_pixels(x0, background, count):
+    """Numbers (B, count) of different pixels of x0 (B, 3, S, S), most of them where it is not the
+    background (3,) in [-1, 1], or a pixel beside."""
+    unlike = (x0 - background.view(3, 1, 1)).abs().amax(1, keepdim=True) > 0.02
+    weight = F.max_pool2d(unlike.float(), 3, 1, 1).flatten(1).clamp(min=EMPTY_RAYS)
+    return torch.multinomial(weight, min(count, weight.shape[1]))
+
+
+def denoising_loss(model, x0, poses, source=None):
+    """The paper's loss on images x0 (B, 3, S, S) from poses (B, 4, 4): noise a picture, encode it,
+    render its planes from its own camera, compare; at random levels and pixels.
+
+    source: what is noised and encoded in place of x0. A loss of one's own takes the same four.
     """
-    config, B, device = ema.config, len(x0), x0.device
-    mine = slice(rank * B, (rank + 1) * B)
-
-    def draw(*shape):
-        return torch.rand(world * B, *shape, device=device)[mine]
-
-    # t: one draw in each of B equal parts; the first ones, a share `clean`, are 0, the rest 1..T
-    u = (torch.randperm(world * B, device=device)[mine] + draw()) / (world * B)
-    noisy = 1 + ((u - config.clean) / (1 - config.clean) * config.timesteps).long()
-    t = torch.where(u < config.clean, 0, noisy.clamp(1, config.timesteps))
-    source, seen_from = seen or (x0, poses)
-    others = round(B * config.other_side) if progress >= config.other_side_from else 0
-    if others:                                  # the first ones: t is random in any case
-        source, seen_from = source.clone(), seen_from.clone()
-        seen_from[:others] = poses.roll(1, dims=0)[:others]
-        moved = torch.zeros_like(poses)         # by as much as a scene: the camera sees no change
-        moved[:others, :2, 3] = config.shift * (2 * draw(2)[:others] - 1)
-        with torch.no_grad():
-            planes = ema.encode(x0[:others], 0)
-            source[:others] = ema.render(planes, (seen_from - moved)[:others])[0]
-        poses = poses + moved
-    noise = torch.randn(world * B, *x0.shape[1:], device=device)[mine]
-    x_t = ema.schedule.add_noise(source, t, noise)
-    # Mere background is soon learnt: its pixels have weight `empty_rays` in the draw, all others
-    # and a margin of a pixel 1. The loss is not corrected for it: what is to be seen counts more.
-    unlike = (x0 - (ema.background * 2 - 1).view(3, 1, 1)).abs().amax(1, keepdim=True) > 0.02
-    weight = F.max_pool2d(unlike.float(), 3, 1, 1).flatten(1).clamp(min=config.empty_rays)
-    keys = draw(weight.shape[1]).log() / weight         # the largest: Efraimidis & Spirakis 2006
-    pixels = keys.topk(min(config.rays, keys.shape[1])).indices                # (B, n)
-    jitter = draw(pixels.shape[1], config.samples + config.fine_samples)
-    x0_hat = model(x_t, t, poses, pixels, jitter)                              # (B, n, 3)
+    inner = getattr(model, "module", model)                     # `module`: of a parallel one
+    source = x0 if source is None else source
+    t = draw_levels(inner.config, len(x0), x0.device)
+    x_t = inner.schedule.add_noise(source, t, torch.randn_like(x0))            # q(x_t | x0)
+    pixels = draw_pixels(x0, inner.background * 2 - 1, inner.config.rays)      # (B, n)
+    x0_hat = model(x_t, t, poses, pixels)                                      # (B, n, 3)
     target = x0.flatten(2).mT.take_along_dim(pixels[..., None], dim=1)
-    loss = F.l1_loss(x0_hat, target) if config.loss == "l1" else F.mse_loss(x0_hat, target)
-    if ema.unet.compass:        # teaches the compass alone: the planes are not to bend its estimate
-        unet = getattr(model, "module", model).unet         # `module`: of a parallel one
-        facing, unet.facing = unet.facing, None             # kept, it would forbid deepcopy
-        azimuth, sine = F.normalize(seen_from[:, :3, 3], dim=1).split((2, 1), dim=1)
-        truth = torch.cat([F.normalize(azimuth, dim=1), sine], dim=1)
-        error = facing - truth[:, :facing.shape[1]]
-        error[:, 2:] *= 5                                   # elevations differ by less
-        loss = loss + 0.1 * error.square().mean()
-    return loss
+    compare = F.l1_loss if inner.config.loss == "l1" else F.mse_loss
+    return compare(x0_hat, target)
 
 
-def training_pictures(config, device, rank, world):
-    """A function step -> images, poses; and the config with the set's own fields.
+def learning_rate(config, step, progress):
+    """Warm-up over 100 steps, then constant, and a linear fall over the last 30 %."""
+    return config.lr * min(1, (step + 1) / 100, max(0.02, (1 - progress) / 0.3))
 
-    With `scenes` = 0 no scene comes twice in a training, but another one with the same seed has the
-    same scenes; else the pictures of a fixed set come in random order.
-    """
-    B, S, built_in = config.batch, config.resolution, SETS.get(config.data)
-    fresh, ahead = built_in and config.scenes == 0, AHEAD.get(device.type, 1)
-    views = load(config.data, 1 if fresh else config.scenes or None, config.views, S, config.seed)
-    images, poses = views.images.flatten(0, 1), views.poses.flatten(0, 1)
 
-    @lru_cache(maxsize=1)
-    def trace(i):
-        """The scenes of `ahead` steps, from step i * ahead on."""
-        return synthetic(config.data, ahead * B, 1, S, config.seed, device,
-                         start=(i * world + rank) * ahead * B, depth=False)
+@torch.no_grad()
+def update_average(ema, model, step, decay=0.999):
+    """Move the averaged weights towards the model's; at first faster, to forget the start."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()),
+                         1 - min(decay, (1 + step) / (10 + step)))
 
-    def draw(step):
-        if fresh:
-            i = step % ahead * B
-            new = trace(step // ahead)[i:i + B]
-            return new.images[:, 0], new.poses[:, 0]
-        chosen = torch.randint(len(images), (world * B,))[rank * B:(rank + 1) * B]
-        return images[chosen].to(device), poses[chosen].to(device)
 
-    radius = poses[:, :3, 3].norm(dim=-1)
-    angles = torch.rad2deg(torch.asin(poses[:, 2, 3] / radius))
-    elevation = built_in.elevation if built_in else (angles.min().item(), angles.max().item())
-    return draw, dataclasses.replace(
-        config, focal=views.focal, background=tuple(views.background.tolist()),
-        radius=radius.mean().item(), elevation=elevation)
+def training_path(config):
+    """Where `train` writes: OUT/DATA.pt."""
+    return Path(config.out) / f"{Path(config.data).resolve().name.removesuffix('.npz')}.pt"
+
+
+def join_processes(device):
+    """Join those that torchrun started -> this one's number and how many there are; ValueError
+    where what torchrun sets in the environment is incomplete, or GPUs are too few."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    missing = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
+    if missing and (world > 1 or "RANK" in os.environ):
+        raise ValueError(f"{', '.join(sorted(missing))} is not set: start processes by torchrun")
+    if world > 1:
+        if device.type == "cuda":
+            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+                raise ValueError(f"{torch.cuda.device_count()} GPUs cannot have more processes: "
+                                 "lower --nproc_per_node")
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))    # what "cuda" means from here on
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return int(os.environ.get("RANK", 0)), world
+
+
+def shared_clock(seconds, world, device):
+    """The same seconds for all processes, the most of any: they end at the same step."""
+    if world > 1:
+        seconds = torch.tensor(seconds, device=device)
+        torch.distributed.all_reduce(seconds, torch.distributed.ReduceOp.MAX)
+    return float(seconds)
 
 
 def train(config, loss=denoising_loss):
-    """Train from single posed pictures; logs, checkpoints, resumes -> the averaged model.
+    """Train from single posed pictures -> the averaged model, in eval mode.
 
-    Writes OUT/DATA.pt and OUT/DATA_samples.png every two minutes. An earlier OUT/DATA.pt is gone
-    on with under `resume`, else kept as DATA.old.pt. Under torchrun each process has scenes of its
-    own and gradients are averaged. Raises ValueError for what cannot be trained, and
+    Writes OUT/DATA.pt at the start and every two minutes, with samples and a line of OUT/DATA.csv
+    beside it. Ctrl-C or a crash loses what came after; `resume` goes on from there. A checkpoint
+    that is there is never overwritten. Under torchrun each process has scenes of its own and
+    gradients are averaged. ValueError or OSError for what cannot be trained or written,
     FloatingPointError when loss or weights are no longer finite. `loss`: as `denoising_loss`.
     """
-    config.validate()
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if world > 1 and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))    # what "cuda" means from here on
+    path = training_path(config)
+    if path.exists() != config.resume:
+        raise ValueError(f"there is {'no' if config.resume else 'a'} checkpoint {path}: " + (
+            "leave --resume away" if config.resume else "go on with it by --resume, or give "
+            "another --out"))
     device = pick_device(config.device)
-    if world > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    pictures, config = training_pictures(config, device, rank, world)
+    rank, world = join_processes(device)
+    draw, camera = training_pictures(config, device, rank, world)
+    config = dataclasses.replace(config, **camera)
     torch.manual_seed(config.seed)
     model = RenderDiffusion(config).to(device)
-    if config.init:
-        weights = load_checkpoint(config.init, device)
-        for name in ("resolution", "plane_size", "plane_channels", "unet_channels", "mlp_hidden",
-                     "fold", "lay_down"):
-            if (its := getattr(weights.config, name)) != getattr(config, name):
-                raise ValueError(f"the weights {config.init} are of another model: give this one, "
-                                 f"too, {name} = {its}")
-        model.load_state_dict(weights.state_dict())
+    if config.init and not config.resume:
+        grow(model, load_checkpoint(config.init, device))
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     model.bf16 = bf16_is_fast(device)
     if config.compile:
-        model.unet.compile()
+        compile_unet(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=(0.9, 0.99),
                                  fused=device.type in ("cuda", "cpu"))
-    path = Path(config.out) / f"{Path(config.data).resolve().name}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"nothing can be written to {path.parent}: choose another --out")
-    step, seconds, losses = 0, 0.0, []
-    if config.resume:
-        step, seconds = resume(path, model, ema, optimizer)
-    elif path.exists() and rank == 0:
-        os.replace(path, path.with_suffix(".old.pt"))
+    step, seconds = resume(path, model, ema, optimizer) if config.resume else (0, 0.0)
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    saved = logged = time.time()
-    start = saved - seconds
-    stop, ended = [], False         # Ctrl-C waits for the step's end: half a one cannot be resumed
-    before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-    try:
-        while True:
-            progress = seconds / 60 / config.minutes if config.minutes else step / config.steps
-            done = progress >= 1 or ended
-            save = rank == 0 and (done or time.time() - saved > 120)
-            if losses and (done or save or time.time() - logged > 5):
-                values = torch.stack(losses).tolist()           # waits for a GPU
-                finite = [*map(math.isfinite, values),
-                          all(weight.isfinite().all() for weight in model.parameters())]
-                if not all(finite):
-                    raise FloatingPointError(
-                        "the loss or the weights are not finite at step "
-                        f"{step - len(values) + finite.index(False)}: try a lower --lr; what was "
-                        f"saved before is in {config.out}")
-                if rank == 0:
-                    speed = len(values) * config.batch * world / (time.time() - logged)
-                    print(f"step {step}  loss {np.mean(values):.4f}  {speed:.0f} images/s  "
-                          f"{seconds / 60:.1f} min, {seconds / 60 * (1 / progress - 1):.1f} left",
-                          flush=True)
-                losses, logged = [], time.time()
-            if save:
-                save_checkpoint(path, ema, dict(model=model.state_dict(), step=step,
-                                                seconds=seconds, optimizer=optimizer.state_dict()))
-                if not ended:
-                    print(health(ema, path.with_name(path.stem + "_samples.png")), flush=True)
-                saved = logged = time.time()
-            if done:
-                break
-            for group in optimizer.param_groups:                # warm-up, constant, decay
-                group["lr"] = config.lr * min(1, (step + 1) / 100, max(0.02, (1 - progress) / 0.3))
-            torch.manual_seed(mix(mix(config.seed) ^ step))     # resumed, it draws the same
-            value = loss(parallel, ema, *pictures(step), progress, rank, world)
-            optimizer.zero_grad()
-            value.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()),
-                                     1 - min(config.ema, (1 + step) / (10 + step)))
-            losses.append(value.detach())
-            step, seconds, ended = step + 1, time.time() - start, bool(stop)
-            if world > 1:                                       # all stop at the same step
-                shared = torch.tensor([seconds, ended], device=device)
-                torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
-                seconds, ended = shared[0].item(), bool(shared[1])
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if rank == 0:
-        print(f"{step} steps, {seconds / 60:.1f} minutes; wrote {path}"
-              + "; go on with --resume" * ended)
+    journal = Journal(path, model, ema, optimizer, step, seconds) if rank == 0 else None
+    start = time.time() - seconds
+    while (progress := seconds / 60 / config.minutes if config.minutes else
+           step / config.steps) < 1:
+        torch.manual_seed(mix(mix(mix(config.seed) ^ step) ^ rank))     # resumed, it draws the same
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step, progress)
+        x0, poses = draw(step)
+        source, seen_from = x0, poses
+        if progress >= config.other_side_from:
+            source, seen_from = from_another_side(ema, x0, poses)
+        value = loss(parallel, x0, poses, source)
+        if model.unet.compass:
+            value = value + compass_loss(model.unet.compass, source, seen_from)
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        update_average(ema, model, step)
+        step, seconds = step + 1, shared_clock(time.time() - start, world, device)
+        if journal:
+            journal.add(step, seconds, value.detach(), progress, world)
+    if journal:
+        journal.save(final=True)
+        print(f"{step} steps, {seconds / 60:.1f} minutes; wrote {path}")
     if world > 1:
         torch.distributed.destroy_process_group()
     return ema
@@ -713,10 +640,9 @@ def train(config, loss=denoising_loss):
 # ---- Sampling ----------------------------------------------------------------------------------
 
 def noise_levels(schedule, steps, top=None):
-    """steps + 1 levels rising from 0 to `top` (None: T): few of them lie evenly in log(SNR), as in
-    DPM-Solver (Lu et al. 2022, arXiv 2206.00927), and the more there are, the more evenly in t.
-    So steps are short near all noise, where it is decided what the picture shows, and near none.
-    ValueError where there are fewer levels than steps.
+    """steps + 1 rising levels from 0 to `top` (None: T), as evenly in log(SNR) as whole numbers
+    allow, as in DPM-Solver (Lu et al. 2022, arXiv 2206.00927): short steps near all noise, where it
+    is decided what the picture shows, and near none. ValueError for fewer levels than steps.
     """
     top = schedule.T if top is None else top
     if not 1 <= steps <= top:
@@ -724,10 +650,11 @@ def noise_levels(schedule, steps, top=None):
     log_snr = schedule.alpha_bar[:top + 1].logit()                             # falls
     # log(SNR) is infinite at 0 and nearly so at T: even but for a sixth of a usual step at each end
     end = max(1, top // (6 * steps))
-    even = torch.linspace(*log_snr[[end, top - end]], steps + 1)
-    found = torch.searchsorted(-log_snr, -even).tolist()
-    # i + ...: each is at least one above the last, also where `even` lies closer than levels do
-    return [0, *(i + (top - steps) * found[i] // top for i in range(1, steps)), top]
+    nearest = torch.searchsorted(-log_snr, -torch.linspace(*log_snr[[end, top - end]], steps + 1))
+    levels = [0]
+    for i in range(1, steps):           # above the last, and room for those to come
+        levels.append(min(max(int(nearest[i]), levels[-1] + 1), top - steps + i))
+    return [*levels, top]
 
 
 def standard_normal(like, generator):
@@ -744,26 +671,28 @@ def denoise(model, x_t, poses, levels, eta, generator, watch=None):
     order. watch(t, x_t, x0_hat, depth), if given, sees every step.
     """
     lam, before = model.schedule.alpha_bar.logit() / 2, None    # log(alpha / sigma), infinite at 0
-    for t, s in zip(levels[:0:-1], levels[-2::-1]):
+    steps = list(zip(levels[:0:-1], levels[-2::-1]))
+    for t, s in progress(steps, len(steps), "denoising"):
         planes = model.encode(x_t, t)
         x0_hat, depth, _ = model.render(planes, poses, fine=s == 0)            # fine: what is kept
-        D = x0_hat = x0_hat.clamp(-1, 1)
+        x0_ahead = x0_hat = x0_hat.clamp(-1, 1)
         if watch:
             watch(t, x_t, x0_hat, depth)
         if eta == 0 and before and s > 0:                       # the last step returns x0_hat
             u, x0_hat_u = before
-            D = x0_hat + (lam[s] - lam[t]) / (lam[t] - lam[u]) / 2 * (x0_hat - x0_hat_u)
-        mean, variance = model.schedule.posterior(D, x_t, t, s, eta)
+            x0_ahead = x0_hat + (lam[s] - lam[t]) / (lam[t] - lam[u]) / 2 * (x0_hat - x0_hat_u)
+        mean, variance = model.schedule.posterior(x0_ahead, x_t, t, s, eta)
         x_t, before = mean + variance.sqrt() * standard_normal(x_t, generator), (t, x0_hat)
     return x_t, planes
 
 
-def generate(model, poses, steps=50, eta=1.0, seed=0):
+def generate(model, poses, steps=20, eta=0.0, seed=0):
     """New scenes: poses (B, 4, 4), through which they are denoised -> images (B, 3, S, S), planes.
 
-    eta = 1: Ho et al. 2020, algorithm 2, in `steps` of T; eta = 0: no fresh noise, 20 suffice.
+    eta = 1: Ho et al. 2020, algorithm 2, in `steps` of T; eta = 0: no fresh noise.
     """
     S, generator = model.config.resolution, torch.Generator().manual_seed(seed)
+    poses = poses.to(model.background).reshape(-1, 4, 4)
     x_T = standard_normal(poses.new_empty(len(poses), 3, S, S), generator)
     return denoise(model, x_T, poses, noise_levels(model.schedule, steps), eta, generator)
 
@@ -774,29 +703,33 @@ def generate(model, poses, steps=50, eta=1.0, seed=0):
 def find_poses(model, images, masks=None):
     """The cameras (B, 4, 4) of images (B, 3, S, S), known where masks (B, 1, S, S) are 1.
 
-    The encoder needs none, so the picture's planes are rendered from candidates on the training
-    cameras' sphere, and round the best one on finer and finer grids.
+    The encoder needs none, so the picture's planes are rendered from candidates all over the
+    training cameras' sphere, then round the best one in steps that halve.
     """
-    config, device = model.config, images.device
-    low, high = config.elevation
+    config, S = model.config, model.config.resolution
+    (low, high), sphere = config.elevation, config.radius
     known = torch.ones_like(images[:, :1]) if masks is None else masks.to(images)
     images = torch.where(known > 0.5, images, (model.background * 2 - 1).view(3, 1, 1))
     planes = model.encode(images, 0)
-    best = torch.zeros(2, len(images), device=device)           # azimuth, elevation
-    best[1] = (low + high) / 2
-    for side, width, height, m, n in ((2, 180.0, (high - low) / 2, 30, 4), (1, 9.0, 5.0, 5, 5),
-                                      (1, 3.0, 2.0, 5, 5)):
-        S = config.resolution // side
-        target, weight = F.interpolate(images, (S, S), mode="area"), F.adaptive_avg_pool2d(known, S)
-        middle, lowest = best, torch.full((len(images),), math.inf, device=device)
-        for a in torch.linspace(-width, width, m).tolist():
-            for e in torch.linspace(-height, height, n).tolist():
-                candidate = torch.stack([middle[0] + a, (middle[1] + e).clamp(low, high)])
-                shown, _, _ = model.render(planes, orbit(*candidate, config.radius), resolution=S)
-                error = (weight * (shown - target).square()).mean((1, 2, 3))
-                best = torch.where(error < lowest, candidate, best)
-                lowest = torch.minimum(error, lowest)
-    return orbit(*best, config.radius)
+
+    def best_of(candidates, S):                 # (K, B, 2) azimuths and elevations -> (B, 2)
+        target, weight = (F.adaptive_avg_pool2d(x, S) for x in (images, known))
+        errors = []
+        for angles in progress(candidates, len(candidates), "cameras"):
+            shown, _, _ = model.render(planes, orbit(*angles.T, sphere), resolution=S, fine=False)
+            errors.append((weight * (shown - target).square()).mean((1, 2, 3)))
+        return candidates[torch.stack(errors).argmin(0), torch.arange(len(images))]
+
+    azimuths = torch.arange(0.0, 360, 12)
+    elevations = torch.linspace(low, high, 2 + int((high - low) / 12))
+    sides = torch.cartesian_prod(azimuths, elevations).to(images)[:, None]     # (K, 1, 2)
+    best = best_of(sides.expand(-1, len(images), 2), min(S, 16))
+    around = torch.cartesian_prod(*[torch.tensor([-1.0, 0, 1])] * 2).to(images)[:, None]
+    for step in (6.0, 3.0, 1.5):                # from half the grid's on: no gaps
+        candidates = best + step * around
+        candidates[..., 1].clamp_(low, high)
+        best = best_of(candidates, min(S, 32))
+    return orbit(*best.T, sphere)
 
 
 @torch.no_grad()
@@ -840,29 +773,44 @@ def repaint_schedule(steps, jump_length, jump_n_sample):
     return indices
 
 
+def guidance_gradient(model, x_t, t, poses, images, known):
+    """x0_hat (B, 3, S, S), and the gradient by x_t of how far it is from the images where these are
+    known (B, 1, S, S): what Chung et al. 2023, algorithm 1, goes down."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x_t, poses, images, known = (x.clone() for x in (x_t, poses, images, known))
+        x_t.requires_grad_()
+        x0_hat = model.render(model.encode(x_t, t), poses, fine=False)[0]
+        misfit = ((known * (x0_hat - images)).square().sum((1, 2, 3)) + 1e-12).sqrt()
+        gradient, = torch.autograd.grad(misfit.sum(), x_t)
+    return x0_hat.detach(), gradient
+
+
 @torch.no_grad()
-def inpaint(model, images, masks, poses=None, steps=50, jump_length=5, jump_n_sample=5, seed=0,
+def inpaint(model, images, masks, poses=None, steps=20, jump_length=5, jump_n_sample=2, seed=0,
             guidance=4.0):
     """Fill images (B, 3, S, S) where masks (B, 1, S, S) are 0 -> images, planes.
 
     RePaint (Lugmayr et al. 2022, algorithm 1) as its code has it: before each step down, the known
     pixels are set to the picture noised to the level of x_t; each jump up noises everything. (The
     paper's line 5 misprints that noise's factor; it is sqrt(1 - alpha_bar).) Beyond RePaint, each
-    step also goes down the gradient of what x0_hat gets wrong where the picture is known (Chung et
-    al. 2023, algorithm 1), or else what fills a large hole ignores what is round it; guidance = 0
-    leaves this away. At the end the known pixels are put back as they are, and this picture is
-    encoded at t = 0: it shows the known part exactly, the planes reconstruct it. Poses (B, 4, 4)
-    are found where None. ValueError for masks that do not fit.
+    step also goes down `guidance` times a gradient (`guidance_gradient`), or else what fills a
+    large hole ignores what is round it. At the end the known pixels are put back as they are, and
+    this picture is encoded at t = 0: it shows the known part exactly, the planes reconstruct it.
+    Poses (B, 4, 4) are found where None. ValueError for masks that do not fit, or that hide
+    nothing or everything.
     """
     if masks.shape != (shape := (len(images), 1, *images.shape[2:])):
         raise ValueError(f"masks must be {shape} to fit the images, not {tuple(masks.shape)}")
-    schedule, generator = model.schedule, torch.Generator().manual_seed(seed)
     known = (masks > 0.5).to(images)
-    poses = find_poses(model, images, known) if poses is None else poses
+    if any(share in (0, 1) for share in known.mean((1, 2, 3)).tolist()):
+        raise ValueError("a mask must hide a part of the picture: 1 is known, 0 is to be filled")
+    schedule, generator = model.schedule, torch.Generator().manual_seed(seed)
+    poses = (find_poses(model, images, known) if poses is None else poses).to(images)
+    poses = poses.expand(len(images), 4, 4)
     levels = noise_levels(schedule, steps)
     x = standard_normal(images, generator)
     indices = repaint_schedule(steps, jump_length, jump_n_sample)
-    for i, j in zip(indices, indices[1:]):
+    for i, j in progress(list(zip(indices, indices[1:])), len(indices) - 1, "inpainting"):
         t, s = levels[i + 1], levels[j + 1]
         noise = standard_normal(x, generator)
         if s > t:                                               # a jump up
@@ -870,19 +818,82 @@ def inpaint(model, images, masks, poses=None, steps=50, jump_length=5, jump_n_sa
             x = left.sqrt() * x + (1 - left).sqrt() * noise
             continue
         x = known * schedule.add_noise(images, t, noise) + (1 - known) * x
-        if s == 0:                              # what is kept: with importance samples
+        if s == 0:                                              # what is kept, with fine samples
             x = model.render(model.encode(x, t), poses)[0]
             break
-        with torch.enable_grad():
-            x.requires_grad_()
-            x0_hat = model.render(model.encode(x, t), poses, fine=False)[0]
-            misfit = ((known * (x0_hat - images)).square().sum((1, 2, 3)) + 1e-12).sqrt()
-            gradient, = torch.autograd.grad(misfit.sum(), x)
-        x, x0_hat = x.detach(), x0_hat.detach().clamp(-1, 1)
-        mean, variance = schedule.posterior(x0_hat, x, t, s)
+        x0_hat, gradient = guidance_gradient(model, x, t, poses, images, known)
+        mean, variance = schedule.posterior(x0_hat.clamp(-1, 1), x, t, s)
         x = mean + variance.sqrt() * standard_normal(x, generator) - guidance * gradient
     x = known * images + (1 - known) * x.clamp(-1, 1)
     return x, model.encode(x, 0)
+
+
+# ---- Beyond the paper: the compass and the other side ------------------------------------------
+
+# A picture shows an object's turn against the camera, a; planes need its turn in the world, a + b
+# with b the camera's azimuth. cos(a + b) = cos a cos b - sin a sin b is made of products, which
+# plain training does not find (results/README.md). So a small network estimates b, and the
+# estimate scales and shifts the encoder's stages on the way up, as t does. They are told not b but
+# `fold` * b: with 4, cameras a quarter turn apart are the same to them, enough for how a box is
+# turned, and too little for a relief: a shape that looks right from the picture's side alone.
+
+class Compass(nn.Module):
+    """Estimates a picture's azimuth: x_t (B, 3, S, S) -> its cosine and sine (B, 2).
+
+    Taught by the squared error, it gives the mean over what the picture leaves open: a vector the
+    shorter, the less can be told. It sees the picture averaged down to 32.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.schedule = config, NoiseSchedule(config.timesteps, config.schedule)
+        self.side, layers, a = min(config.resolution, 32), [], 3
+        for i in range(int(math.log2(self.side)) - 2):                         # down to 4 x 4
+            b = min(32 << i, 128)
+            layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU()]
+            a = b
+        self.layers = nn.Sequential(*layers, nn.Conv2d(a, 2, 4))
+        self.turn = nn.Linear(2, 4 * config.unet_channels)
+
+    def forward(self, x_t):
+        return self.layers(F.adaptive_avg_pool2d(x_t, self.side))[:, :, 0, 0].float()
+
+    def embed(self, x_t):
+        """What the encoder's stages on the way up are told: (B, 4 unet_channels). The estimate is
+        detached: the planes are not to bend it."""
+        return self.turn(multiply_angle(self(x_t).detach(), self.config.fold))
+
+
+def multiply_angle(z, count):
+    """Vectors (B, 2) -> (B, 2) at `count` times their angles, their lengths to the power `count`:
+    an estimate that is unsure is short, and so counts for less.
+    """
+    length, angle = z.norm(dim=1, keepdim=True), torch.atan2(z[:, 1:], z[:, :1])
+    return length ** count * torch.cat([(count * angle).cos(), (count * angle).sin()], dim=1)
+
+
+def compass_loss(compass, pictures, poses):
+    """Squared error of the azimuths that it finds in pictures (B, 3, S, S) seen from poses
+    (B, 4, 4), noised to random levels; beside the denoising loss, with a tenth of its weight."""
+    t = draw_levels(compass.config, len(pictures), pictures.device)
+    x_t = compass.schedule.add_noise(pictures, t, torch.randn_like(pictures))
+    return 0.1 * F.mse_loss(compass(x_t), F.normalize(poses[:, :2, 3], dim=1))
+
+
+@torch.no_grad()
+def from_another_side(ema, x0, poses):
+    """Pictures (B, 3, S, S) to be encoded, and their poses: in a share `other_side` of them what
+    the averaged model shows of the scene from the next picture's camera, else x0 itself.
+
+    Planes that must be right from x0's camera, made from such a picture, must hold where the
+    encoder did not look; and training still sees one view a scene.
+    """
+    n = round(len(x0) * ema.config.other_side)
+    source, seen_from = x0.clone(), poses.clone()
+    if n:
+        seen_from[:n] = poses.roll(1, dims=0)[:n]
+        source[:n] = ema.render(ema.encode(x0[:n], 0), seen_from[:n])[0]
+    return source, seen_from
 
 
 # ---- Evaluation --------------------------------------------------------------------------------
@@ -925,7 +936,8 @@ def evaluate(model, views, t_r=0):
     if views.images.shape[1] < 2:
         raise ValueError("evaluation needs at least 2 views a scene: the input and a novel one")
     scores, mean_image = {}, views.images.flatten(0, 1).mean(0)
-    for some in (views[i:i + 16] for i in range(0, len(views), 16)):
+    parts = [views[i:i + 8] for i in range(0, len(views), 8)]
+    for some in progress(parts, len(parts), "scenes by eights"):
         planes = reconstruct(model, some.images[:, 0], some.poses[:, 0], t_r)
         for v, (truth, poses) in enumerate(zip(some.images.unbind(1), some.poses.unbind(1))):
             shown = model.render(planes, poses, focal=views.focal)[0]
@@ -939,28 +951,76 @@ def evaluate(model, views, t_r=0):
             for key, score in scores.items()}
 
 
-def health(model, path):
-    """What the loss does not tell: held-out novel views, samples (written to path), the volume."""
-    config, device, text = model.config, model.background.device, ""
-    if config.data in SETS:
-        scores = evaluate(model, synthetic(config.data, 32, 3, config.resolution, HELD_OUT, device,
-                                           depth=False))
-        text = "  held-out PSNR: input view {:.2f} dB, novel views {:.2f} dB\n".format(
-            *(scores[key]["psnr"] for key in ("input", "novel")))
-    images, planes = generate(model, turn_poses(model, 0, 8), min(10, config.timesteps), eta=0.0)
-    save_grid(path, {"samples": images})
-    points = torch.rand(8, 4096, 3, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
-    density, _ = model.mlp(points, sample_triplanes(planes, points))
-    filled = (density > 10).float().mean()          # half of the light is gone after 0.07 units
-    if filled < 1e-3 or filled > 0.9:
-        text += (f"  warning: the volume is {'empty' if filled < 0.5 else 'opaque'} everywhere; "
-                 "if it stays so, train anew with a lower --lr\n")
-    return f"{text}  samples: {path}"
+class Journal:
+    """What a training says and writes, by one process: a line every five seconds; every two minutes
+    the checkpoint, eight samples, what held-out views say, and a line of OUT/DATA.csv of it."""
+
+    def __init__(self, path, model, ema, optimizer, step, seconds):
+        self.path, self.model, self.ema, self.optimizer = path, model, ema, optimizer
+        self.step, self.seconds, self.losses, self.mean = step, seconds, [], math.nan
+        self.views = test_views(ema.config, 32, 3, model.background.device)
+        self.logged = self.saved = time.time()
+        if step == 0:
+            self.save_checkpoint()          # also says at once where nothing can be written
+
+    def add(self, step, seconds, loss, progress, world):
+        """Take note of a step's loss, a tensor; FloatingPointError where it is not finite."""
+        self.step, self.seconds = step, seconds
+        self.losses.append(loss)
+        if time.time() - self.logged > 5:
+            speed = len(self.losses) * self.ema.config.batch * world / (time.time() - self.logged)
+            self.look_at_losses()
+            print(f"step {step}  loss {self.mean:.4f}  {speed:.0f} images/s  {seconds / 60:.1f} "
+                  f"min, {seconds / 60 * (1 / progress - 1) if progress else math.inf:.1f} left",
+                  flush=True)
+        if time.time() - self.saved > 120:
+            self.save()
+
+    def look_at_losses(self):
+        values = torch.stack(self.losses).tolist()                             # waits for a GPU
+        if not np.isfinite(values).all():
+            raise FloatingPointError(f"the loss is not finite at step {self.step}: try a lower "
+                                     f"--lr; what was saved before is in {self.path}")
+        self.losses, self.mean, self.logged = [], float(np.mean(values)), time.time()
+
+    def save_checkpoint(self):
+        save_checkpoint(self.path, self.ema, dict(
+            model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step,
+            seconds=self.seconds))
+
+    def save(self, final=False):
+        """Checkpoint, samples and scores. Where samples or table cannot be written, it warns."""
+        if self.losses:
+            self.look_at_losses()
+        self.save_checkpoint()
+        text, row = "", ["", ""]
+        if self.views:
+            scores = evaluate(self.ema, self.views)
+            row = [f"{scores[key]['psnr']:.3f}" for key in ("input", "novel")]
+            text = "  held-out PSNR: input view {} dB, novel views {} dB\n".format(*row)
+        images, planes = generate(self.ema, turn_poses(self.ema, 0, 8),
+                                  min(10, self.ema.config.timesteps))
+        filled = self.ema.render(planes, turn_poses(self.ema, 0, 8))[2].mean().item()
+        if filled < 0.01 or filled > 0.99:
+            text += (f"  warning: all rays {'miss' if filled < 0.5 else 'end in'} the volume; if it "
+                     "stays so, train anew with a lower --lr\n")
+        samples, table = self.path.with_suffix(".png"), self.path.with_suffix(".csv")
+        try:
+            save_grid(samples, {"samples": images})
+            new = not table.exists()
+            with open(table, "a", encoding="utf-8") as file:
+                line = [self.step, f"{self.seconds / 60:.2f}", f"{self.mean:.5f}", *row]
+                file.write("step,minutes,loss,input_psnr,novel_psnr\n" * new)
+                file.write(",".join(map(str, line)) + "\n")
+        except OSError as error:
+            print(f"warning: {first_line(error)}; training goes on", file=sys.stderr)
+        print(f"{text}  samples: {samples}", flush=True)
+        self.saved = self.logged = time.time()
 
 
 # ---- Checkpoints and devices -------------------------------------------------------------------
 
-VERSION, SHIPPED = 1, Path(__file__).resolve().parent / "checkpoints"
+VERSION, SHIPPED = 2, Path(__file__).resolve().parent / "checkpoints"
 
 
 def write(path, writer):
@@ -978,12 +1038,15 @@ def write(path, writer):
 
 def save_checkpoint(path, model, training=None):
     """Write the (averaged) model's weights and config, in half precision, to share; or in full,
-    with the dict `training` beside them, to resume."""
+    with the dict `training` beside them, to resume. FloatingPointError for weights that no
+    program would load."""
     weights, config = model.state_dict(), model.config
+    if not all(weight.abs().max() < 1e4 for weight in weights.values()):
+        raise FloatingPointError("the weights are not finite or beyond 10,000: try a lower --lr")
     if training is None:
         weights = {name: weight.half() for name, weight in weights.items()}
         config = dataclasses.replace(config, device="auto", out="out", resume=False, init="")
-    state = {"version": VERSION, "config": dataclasses.asdict(config), "ema": weights}
+    state = {"version": VERSION, "config": dataclasses.asdict(config), "weights": weights}
     buffer = BytesIO()          # to a file, torch makes a RuntimeError of a full disk's OSError
     torch.save({**state, **(training or {})}, buffer)
     write(path, lambda file: file.write(buffer.getbuffer()))
@@ -1005,16 +1068,13 @@ def load_checkpoint(name_or_path, device="cpu"):
         state = torch.load(path, map_location=device, weights_only=True)
         if state["version"] != VERSION:
             raise ValueError(f"its format is {state['version']}, and this program's {VERSION}")
-        names = [f.name for f in dataclasses.fields(Config)]        # what the model depends on:
-        if missing := set(names[:names.index("loss")]) - set(state["config"]):
-            raise ValueError(f"its config has no {', '.join(sorted(missing))}")
-        config = Config(**state["config"]).validate()
+        config = Config(**state["config"])
         with torch.device("meta"):                  # its sizes, before memory is taken for them
-            RenderDiffusion(config).load_state_dict(state["ema"], assign=True)
-        if not all(weight.abs().max() < 1e6 for weight in state["ema"].values()):
+            RenderDiffusion(config).load_state_dict(state["weights"], assign=True)
+        if not all(weight.abs().max() < 1e6 for weight in state["weights"].values()):
             raise ValueError("its weights are not finite, or beyond a million")
         model = RenderDiffusion(config)
-        model.load_state_dict(state["ema"])
+        model.load_state_dict(state["weights"])
     except Exception as error:                      # torch.load alone raises a dozen kinds
         raise ValueError(f"{path} is no checkpoint that fits this program, or is damaged: "
                          f"{first_line(error)}") from None
@@ -1028,18 +1088,17 @@ def resume(path, model, ema, optimizer):
     state = torch.load(path, map_location="cpu", weights_only=True)
     try:
         if "optimizer" not in state:
-            raise ValueError("it holds weights alone; train anew, without --resume")
-        for name in ("data", "resolution", "fold", "lay_down", "timesteps", "schedule", "seed"):
-            if state["config"][name] != getattr(model.config, name):
-                raise ValueError(f"it was trained with {name} = {state['config'][name]!r}")
+            raise ValueError("it holds weights alone; begin a training with them by --init")
+        for field in dataclasses.fields(Config)[:14]:          # data, model, T, schedule
+            if state["config"][field.name] != (ours := getattr(model.config, field.name)):
+                raise ValueError(f"it was trained with {field.name} = "
+                                 f"{state['config'][field.name]!r}, not {ours!r}")
         model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
+        ema.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
         if any(value.layout != torch.strided or value.shape not in ((), weight.shape)
                for weight, kept in optimizer.state.items() for value in kept.values()):
             raise ValueError("its optimizer's state does not fit its weights")
-        for name in ("step", "seconds"):
-            check(name, state[name])
         return int(state["step"]), float(state["seconds"])
     except Exception as error:                      # torch raises half a dozen kinds
         raise ValueError(f"{path} cannot be gone on with: {first_line(error)}") from None
@@ -1051,13 +1110,26 @@ def first_line(error):
 
 
 def pick_device(name):
-    """A torch device; auto is cuda, mps or cpu, the first there is. ValueError for unknown ones."""
+    """A torch device; auto is cuda, mps or cpu, the first that works. ValueError for others."""
+    def works(name):                # older torch lacks this step of training on mps
+        planes = torch.ones(1, 1, 2, 2, device=name, requires_grad=True)
+        F.grid_sample(planes, planes.detach().expand(1, 2, 2, 2).permute(0, 2, 3, 1),
+                      align_corners=True).sum().backward()
+        return planes.device
+
     if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            try:
+                return works("mps")
+            except (RuntimeError, NotImplementedError):
+                print("mps lacks what training needs in this torch: the CPU is used",
+                      file=sys.stderr)
+        name = "cuda" if name == "cuda" else "cpu"
     try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        return works(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name!r} cannot be used: {first_line(error)}") from None
 
 
@@ -1069,6 +1141,15 @@ def bf16_is_fast(device):
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def compile_unet(model):
+    """torch.compile the U-Net; ValueError where there is no compiler for it."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(4, device=model.background.device))
+    except Exception as error:                      # of torch's compilers, each has its own
+        raise ValueError(f"--compile finds no working compiler: {first_line(error)}") from None
+    model.unet.compile()
+
+
 # ---- Pictures ----------------------------------------------------------------------------------
 
 def to_bytes(images):
@@ -1076,68 +1157,100 @@ def to_bytes(images):
     return (to_unit(images) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def depth_colors(depth):
-    """Depth (B, S, S) as colours (B, 3, S, S) in [-1, 1]: near is blue, far is red."""
-    near, far = depth.amin((1, 2), keepdim=True), depth.amax((1, 2), keepdim=True)
-    unit = (depth - near) / (far - near).clamp(min=1e-6)
-    colors = matplotlib.colormaps["jet"](unit.cpu().numpy())[..., :3]
-    return torch.tensor(colors).permute(0, 3, 1, 2).float() * 2 - 1
+def opaque_depth(depth, opacity):
+    """Depth (B, S, S) where rays are mostly stopped, NaN elsewhere: there it says nothing."""
+    return torch.where(opacity > 0.5, depth, math.nan)
 
 
-def turn_poses(model, azimuth, count):
-    """`count` poses (count, 4, 4) round the scene from `azimuth` on, at the middle elevation."""
-    azimuths = azimuth + torch.arange(count, device=model.background.device) * 360 / count
-    return orbit(azimuths, sum(model.config.elevation) / 2, model.config.radius)
+def depth_colors(depth, near=None, far=None):
+    """Depth (B, S, S) as colours (B, 3, S, S) in [-1, 1]: near is bright, far is dark, NaN white.
+    near and far: None are the least and the most of each picture."""
+    from matplotlib import colormaps            # imported late: a kernel's MPLBACKEND may not exist
+    flat = depth.flatten(1)
+    near = flat.nan_to_num(math.inf).amin(1).view(-1, 1, 1) if near is None else near
+    far = flat.nan_to_num(-math.inf).amax(1).view(-1, 1, 1) if far is None else far
+    unit = ((depth - near) / (far - near + 1e-9)).cpu().numpy()
+    colors = colormaps["viridis_r"].with_extremes(bad="white")(np.ma.masked_invalid(unit))
+    return torch.tensor(colors[..., :3]).permute(0, 3, 1, 2).float() * 2 - 1
+
+
+def picture_side(model):
+    """The side of pictures to look at: planes are continuous, so twice that of training."""
+    return max(128, 2 * model.config.resolution)
+
+
+def turned(poses, degrees):
+    """Poses (..., 4, 4) of the same cameras, moved round the z axis by an angle."""
+    turn = torch.eye(4).to(poses)
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    turn[:2, :2] = torch.tensor([[c, -s], [s, c]])
+    return turn @ poses
+
+
+def views_around(model, planes, poses, angles=(40, 80, 160, 240)):
+    """Rows for `save_grid`: planes (B, ...) seen from poses moved by these angles, and depth."""
+    side = picture_side(model)
+    rows = {f"turned by {angle}°": model.render(planes, turned(poses, angle), resolution=side)[0]
+            for angle in angles}
+    return rows | {"depth": opaque_depth(*model.render(planes, poses, resolution=side)[1:])}
 
 
 def save_grid(path, rows):
-    """Write a PNG: rows is a dict from a label to images (B, 3, S, S), a column a scene."""
+    """Write a PNG: rows is a dict from a label to images (B, 3, S, S) or depth maps (B, S, S), a
+    column a scene; a single scene is laid out as a row. Depth maps share one scale."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+    depths = [rows[label].nan_to_num(math.nan) for label in rows if rows[label].dim() == 3]
     width = len(next(iter(rows.values())))
-    figure = Figure(figsize=(1.4 + width, len(rows)), dpi=128, layout="constrained")
-    axes = figure.subplots(len(rows), width, squeeze=False)
-    for line, (label, images) in zip(axes, rows.items()):
-        for axis, image in zip(line, to_bytes(images)):
+    shape = (len(rows), width) if width > 1 else (1, len(rows))
+    figure = Figure(figsize=(1.3 * shape[1] + 1.6, 1.3 * shape[0] + 0.3), dpi=120,
+                    layout="constrained")
+    axes = figure.subplots(*shape, squeeze=False)
+    if depths:
+        flat = torch.cat([depth[depth.isfinite()] for depth in depths])
+        near, far = (flat.min().item(), flat.max().item()) if len(flat) else (0.0, 1.0)
+    for line, (label, images) in zip(axes if width > 1 else axes.T, rows.items()):
+        is_depth = images.dim() == 3
+        for axis, image in zip(line, to_bytes(depth_colors(images, near, far)
+                                              if is_depth else images)):
             axis.imshow(image)
             axis.set(xticks=[], yticks=[], frame_on=False)
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center")
+        if width > 1:
+            line[0].set_ylabel(label, rotation=0, ha="right", va="center")
+        else:
+            line[0].set_title(label, fontsize=9)
+        if is_depth:
+            scale = ScalarMappable(cmap="viridis_r")
+            scale.set_clim(near, far)
+            figure.colorbar(scale, ax=list(line), shrink=0.8)
     write(path, lambda file: figure.savefig(file, format="png"))
 
 
 def save_turntable(path, model, planes, frames=24):
     """Write a GIF of all planes (B, ...) side by side, turning once round."""
-    pictures, zoom = [], max(1, 128 // model.config.resolution)
-    for pose in turn_poses(model, 0, frames):
-        strip = np.concatenate(list(to_bytes(model.render(planes, pose)[0])), axis=1)
-        pictures.append(Image.fromarray(strip.repeat(zoom, 0).repeat(zoom, 1)))
+    pictures, side = [], picture_side(model)
+    for pose in progress(turn_poses(model, 0, frames), frames, "turntable"):
+        shown = model.render(planes, pose, resolution=side)[0]
+        pictures.append(Image.fromarray(np.concatenate(list(to_bytes(shown)), axis=1)))
     write(path, lambda file: pictures[0].save(file, format="GIF", save_all=True, loop=0,
                                               duration=80, append_images=pictures[1:]))
 
 
-def surface_points(model, planes, poses, resolution=64, samples=128):
-    """Where rays from poses (V, 4, 4) are half stopped by one scene's planes (1, 3, C, N, N):
+def surface_points(model, planes, poses, resolution=64):
+    """Where rays from poses (V, 4, 4) are mostly stopped by one scene's planes (1, 3, C, N, N):
     points, unit normals and colours in [0, 1], each (P, 3).
     """
-    def field(points):
-        return model.mlp(points, sample_triplanes(planes, points))
-
     parts = []
-    for pose in poses:
+    for pose in progress(poses, len(poses), "surface"):
         origins, directions = camera_rays(pose[None], model.config.focal, resolution)
-        near, far = (x[..., None] for x in ray_interval(origins, directions))  # (1, R, 1)
-        step = (far - near) / samples
-        edges = near + step * torch.arange(samples + 1, device=near.device)    # (1, R, K + 1)
-        middles = (edges[..., 1:] - step / 2)[..., None]                       # (1, R, K, 1)
-        points = origins[:, :, None] + middles * directions[:, :, None]
+        _, far = ray_interval(origins, directions)
         with torch.no_grad():
-            density, _ = field(points.flatten(1, 2))
-        depth = F.pad(torch.cumsum(density.view(points.shape[:-1]) * step, -1), (1, 0))
-        i = (depth < math.log(2)).sum(-1, keepdim=True)         # the first edge with half stopped
-        hit, i = i[..., 0] <= samples, i.clamp(max=samples)
-        a, b = depth.gather(-1, i - 1), depth.gather(-1, i)     # optical depths
-        t = edges.gather(-1, i - 1) + step * (math.log(2) - a) / (b - a).clamp(min=1e-9)
-        points = (origins + t * directions)[hit][None].requires_grad_()        # (1, P, 3)
-        with torch.enable_grad():
-            density, color = field(points)
+            _, depth, opacity = model.march(planes, origins, directions)
+        t = (depth - (1 - opacity) * far) / opacity.clamp(min=1e-3)     # without what passes through
+        points = (origins + t[..., None] * directions)[opacity > 0.5][None]    # (1, P, 3)
+        with torch.inference_mode(False), torch.enable_grad():
+            points = points.clone().requires_grad_()
+            density, color = model.field(planes.clone(), points)
             normal = -torch.autograd.grad(density.sum(), points)[0]            # out of the matter
         parts.append(torch.stack([points.detach(), F.normalize(normal, dim=-1), color.detach()]))
     return torch.cat(parts, dim=2)[:, 0]                                       # (3, P, 3)
@@ -1156,186 +1269,251 @@ def save_ply(path, points, normals, colors):
 
 # ---- Command line ------------------------------------------------------------------------------
 
-def finish(rows, model, planes, out, name):
-    """Write OUT/NAME.png from rows and OUT/NAME.gif from planes (B, ...), and name them."""
-    png, gif = Path(out) / f"{name}.png", Path(out) / f"{name}.gif"
-    save_grid(png, rows)
-    save_turntable(gif, model, planes)
-    print(f"wrote {png} and {gif}")
+def writable(out):
+    """OSError, before the work, where nothing can be written to a folder."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=out):
+        pass
 
 
-def around(model, planes, poses, views, mark=""):
-    """Rows for `finish`: depth from poses (B, 4, 4), then views from all sides."""
-    rows = {f"depth{mark}": depth_colors(model.render(planes, poses)[1])}
-    return rows | {f"view {v + 1}{mark}": model.render(planes, pose)[0]
-                   for v, pose in enumerate(turn_poses(model, 45, views))}
+def finish(rows, model, planes, out, name, gif=True):
+    """Write OUT/NAME.png from rows and, if `gif`, OUT/NAME.gif from planes; name them."""
+    paths = [Path(out) / f"{name}.png"]
+    save_grid(paths[0], rows)
+    if gif:
+        paths.append(paths[0].with_suffix(".gif"))
+        save_turntable(paths[1], model, planes)
+    print("wrote", " and ".join(map(str, paths)))
 
 
-def input_pictures(model, image, fit, azimuth, elevation, seed, count):
+def input_pictures(model, args, count):
     """The picture file and its camera, if it is given, or scenes that training never saw -> images
-    (B, 3, S, S), poses (B, 4, 4) or one or None, four other cameras, and what they see if known."""
+    (B, 3, S, S), poses (B, 4, 4), the other cameras, and what they see if that is known."""
     config, device = model.config, model.background.device
-    if image is None:
-        views = load(config.data, count, 5, config.resolution, HELD_OUT - seed, device)
+    if args.image is None:
+        if args.azimuth is not None or args.elevation is not None:
+            raise ValueError("--azimuth and --elevation are those of a picture: give --image, too")
+        views = load(config.data, count, 5, config.resolution, "test", args.seed, device)
         (images, *truths), (poses, *others) = views.images.unbind(1), views.poses.unbind(1)
         return images, poses, others, truths
-    if (azimuth is None) != (elevation is None):
+    if (args.azimuth is None) != (args.elevation is None):
         raise ValueError("a camera needs both --azimuth and --elevation, or leave both away")
-    images = read_image(image, config.resolution, config.background, fit)[None].to(device)
-    pose = None if azimuth is None else orbit(azimuth, elevation, config.radius).to(device)
-    return images, pose, turn_poses(model, 45, 4), []
+    images = read_image(args.image, config.resolution, config.background, args.fit)[None].to(device)
+    if args.azimuth is not None:
+        return images, orbit(args.azimuth, args.elevation, config.radius)[None].to(device), [], []
+    return images, None, [], []
 
 
-def run_generate(model, out, seed, count=8, steps=20, eta=0.0, name="generate"):
+def found_poses(model, images, masks=None):
+    """`find_poses`, and says where the first one is."""
+    poses = find_poses(model, images, masks)
+    x, y, z = poses[0, :3, 3].tolist()
+    print(f"camera found at azimuth {math.degrees(math.atan2(y, x)):.0f}, elevation "
+          f"{math.degrees(math.asin(z / model.config.radius)):.0f} degrees")
+    return poses
+
+
+def run_generate(model, args, name="generate"):
     """New scenes, each seen from four more sides."""
-    poses = turn_poses(model, 0, count)
-    images, planes = generate(model, poses, steps, eta, seed)
-    finish({"generated": images} | around(model, planes, poses, 4), model, planes, out, name)
+    if args.count * picture_side(model) > 65535:
+        raise ValueError(f"--count {args.count} makes a GIF wider than 65,535 pixels: lower it")
+    poses = turn_poses(model, 0, args.count)
+    images, planes = generate(model, poses, args.steps, args.eta, args.seed)
+    shown = model.render(planes, poses, resolution=picture_side(model))[0]
+    finish({"generated": shown} | views_around(model, planes, poses), model, planes, args.out, name)
 
 
-def run_reconstruct(model, out, seed, image=None, fit="crop", t_r=(0,), steps=None, azimuth=None,
-                    elevation=None, name="reconstruct"):
-    """3D from one picture, seen from its own camera and from others; beside the truth if known."""
+def run_reconstruct(model, args, name="reconstruct", gif=True):
+    """3D from one picture, seen from its own camera and from others, beside the truth if known."""
     def decibels(a, b):
         return f"{psnr(to_unit(a), to_unit(b)).mean():.2f} dB"
 
-    images, poses, others, truths = input_pictures(model, image, fit, azimuth, elevation, seed, 8)
-    poses = find_poses(model, images) if poses is None else poses
-    rows, views = {"input": images}, {}
-    for level in t_r:
-        planes = reconstruct(model, images, poses, level, steps, seed)
-        rgb, depth, _ = model.render(planes, poses)
-        rows |= {f"t_r = {level}": rgb, f"depth, t_r = {level}": depth_colors(depth)}
-        views[level] = [model.render(planes, other)[0] for other in others]
-        print(f"t_r = {level}: PSNR {decibels(rgb, images)} input view" + (
-            f", {decibels(torch.cat(views[level]), torch.cat(truths))} novel views"
-            if truths else ""))
-    for v in range(4 if len(t_r) == 1 else 2):
-        rows |= {f"view {v + 1}, truth": truths[v]} if truths else {}
-        rows |= {f"view {v + 1}, t_r = {level}": views[level][v] for level in t_r}
-    finish(rows, model, planes, out, name)
+    images, poses, others, truths = input_pictures(model, args, args.count)
+    poses = found_poses(model, images) if poses is None else poses
+    rows, side = {"input": images}, picture_side(model)
+    rows |= {f"view {v}, truth": truth for v, truth in enumerate(truths[:2], 1)}
+    for t_r in args.t_r:
+        planes = reconstruct(model, images, poses, t_r, args.steps, args.seed)
+        mark = f", t_r = {t_r}" if len(args.t_r) > 1 else ""
+        rows |= {f"input view{mark}": model.render(planes, poses, resolution=side)[0]}
+        rows |= {f"view {v}{mark}": model.render(planes, other, resolution=side)[0]
+                 for v, other in enumerate(others[:2], 1)}
+        if truths:      # a photograph's PSNR has nothing to be compared with
+            shown = torch.cat([model.render(planes, other)[0] for other in others])
+            print(f"t_r = {t_r}: {decibels(model.render(planes, poses)[0], images)} input view, "
+                  f"{decibels(shown, torch.cat(truths))} novel views")
+    rows = dict(sorted(rows.items(), key=lambda row: "view " in row[0] and row[0][:6]))
+    finish(rows | views_around(model, planes, poses, () if truths else (40, 80, 160, 240)),
+           model, planes, args.out, name, gif)
 
 
-def run_inpaint(model, out, seed, image=None, mask=None, fit="crop", steps=20, azimuth=None,
-                elevation=None, fillings=1, name="inpaint"):
+def run_inpaint(model, args, name="inpaint", gif=True):
     """Fill the masked part of a picture, and look at the result from other sides."""
-    images, poses, _, _ = input_pictures(model, image, fit, azimuth, elevation, seed, 4)
+    images, poses, _, _ = input_pictures(model, args, args.count)
     masks, S = torch.ones_like(images[:, :1]), images.shape[-1]
-    if mask is None:                                # a square of 40 % of the side, in the middle
-        masks[:, :, round(0.3 * S):round(0.7 * S), round(0.3 * S):round(0.7 * S)] = 0
+    if args.mask is None:
+        masks[..., S // 2:] = 0                 # the right half
     else:
-        masks[:] = read_mask(mask, S, image and open_picture(image).size, fit)
-    poses = find_poses(model, images, masks) if poses is None else poses
-    rows = {"input": images, "masked": images * masks + masks - 1}
-    for k in range(fillings):
-        filled, planes = inpaint(model, images, masks, poses, steps, jump_n_sample=2, seed=seed + k)
-        mark = f", filling {k + 1}" if fillings > 1 else ""
-        rows |= {f"result{mark}": filled}
-        rows |= around(model, planes, poses, 4 if fillings == 1 else 2, mark)
-    finish(rows, model, planes, out, name)
+        masks[:] = read_mask(args.mask, S, args.image and open_picture(args.image).size, args.fit)
+    poses = found_poses(model, images, masks) if poses is None else poses
+    rows, side = {"input": images, "masked": images * masks + 1 - masks}, picture_side(model)
+    for k in range(args.fillings):
+        filled, planes = inpaint(model, images, masks, poses, args.steps, seed=args.seed + k)
+        mark = f"filling {k + 1}" if args.fillings > 1 else "filled"
+        rows |= {mark: filled}
+        rows |= {f"{mark}, turned by {angle}°": model.render(
+            planes, turned(poses, angle), resolution=side)[0] for angle in (0, 40, 160)}
+    finish(rows, model, planes, args.out, name, gif)
 
 
-def run_demo(model, out, seed):
-    """All from the shipped weights: generation, reconstruction at three t_r, two inpaintings."""
-    run_generate(model, out, seed, name="demo_generate")
-    run_reconstruct(model, out, seed, t_r=(0, 200, 500), name="demo_reconstruct")
-    run_inpaint(model, out, seed, fillings=2, name="demo_inpaint")
+def run_demo(model, args):
+    """All from the shipped weights: generation, reconstruction, one hole filled in two ways."""
+    common = dict(out=args.out, seed=args.seed, image=None, azimuth=None, elevation=None, count=4,
+                  steps=20)
+    run_generate(model, argparse.Namespace(**common, eta=0.0), "demo_generate")
+    run_reconstruct(model, argparse.Namespace(**common, t_r=[0]), "demo_reconstruct", gif=False)
+    run_inpaint(model, argparse.Namespace(**common, mask=None, fillings=2), "demo_inpaint",
+                gif=False)
 
 
-def run_export(model, out, seed, image=None, fit="crop", count=4):
+def run_export(model, args):
     """Scenes, generated or from a picture, as coloured point clouds for Blender or MeshLab."""
-    if image is None:
-        _, planes = generate(model, turn_poses(model, 0, count), steps=20, eta=0.0, seed=seed)
+    if args.image is None:
+        _, planes = generate(model, turn_poses(model, 0, args.count), seed=args.seed)
     else:
-        planes = reconstruct(model, input_pictures(model, image, fit, None, None, seed, 1)[0])
+        planes = reconstruct(model, input_pictures(model, args, 1)[0])
     azimuths = torch.arange(0, 360, 30.0, device=model.background.device)
     poses = torch.cat([orbit(azimuths, e, model.config.radius) for e in (-20.0, 20.0, 60.0)])
     for i in range(len(planes)):
-        path = Path(out) / f"export_{i + 1}.ply"
+        path = Path(args.out) / f"export_{i + 1}.ply"
         save_ply(path, *surface_points(model, planes[i:i + 1], poses))
         print(f"wrote {path}")
 
 
-def run_evaluate(model, out, seed, data=None, scenes=64, views=5, t_r=0, json=False):
+def run_evaluate(model, args):
     """PSNR and SSIM of reconstructions of held-out scenes, beside what needs no 3D."""
-    held_out = load(data or model.config.data, scenes, views, model.config.resolution,
-                    HELD_OUT - seed, model.background.device)
-    scores = evaluate(model, held_out, t_r)
-    print(dumps(scores) if json else "\n".join(
+    views = load(args.data or model.config.data, args.scenes, args.views, model.config.resolution,
+                 "test", args.seed, model.background.device)
+    scores = evaluate(model, views, args.t_r)
+    print(json.dumps(scores) if args.json else "\n".join(
         f"{key:22s} {score['psnr']:6.2f} dB PSNR  {score['ssim']:.3f} SSIM"
         for key, score in scores.items()))
 
 
-def run_train(**fields):
+def run_train(args):
     """Train a model from single posed pictures."""
-    train(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}))
+    fields = [field.name for field in dataclasses.fields(Config)]
+    typed, start = {name: value for name, value in vars(args).items() if name in fields}, {}
+    if typed.get("init"):               # what is not typed is the weights' own
+        if typed.get("resume"):
+            raise ValueError("--init begins a training and --resume goes on with one: give one")
+        weights = dataclasses.asdict(load_checkpoint(typed["init"]).config)
+        taken = {"data", *fields[fields.index("resolution"):fields.index("batch")]}
+        start = {name: weights[name] for name in taken}
+    elif typed.get("resume"):           # or the checkpoint's, but for where it is
+        start = dataclasses.asdict(load_checkpoint(training_path(Config(**typed))).config)
+        start |= dict(out=Config.out, device=Config.device)
+    train(Config(**start | typed))
 
 
-COMMANDS = {"demo": run_demo, "train": run_train, "generate": run_generate,
-            "reconstruct": run_reconstruct, "inpaint": run_inpaint, "evaluate": run_evaluate,
-            "export": run_export}
-HELP = {    # an option, its type where the default does not tell, what it is
-    "checkpoint": (str, "a file, or a name in checkpoints/"),
-    "out": (str, "folder for what is written"),
-    "seed": (int, "of noise and of scenes; the same gives the same picture"),
-    "device": (str, "auto (cuda, mps or cpu, the first there is) or a torch device"),
-    "count": (int, "how many scenes"),
-    "steps": (int, "noise levels on the way down; None: 50 for all T"),
-    "eta": (float, "1: noise anew at each step (ancestral); 0: none, and 20 steps suffice"),
-    "image": (str, "picture file; None: scenes that training never saw"),
-    "fit": (str, "make the picture square: crop to its middle, or pad with the background"),
-    "mask": (str, "mask file, white = keep; None: a square in the middle is filled"),
-    "fillings": (int, "in how many ways to fill it"),
-    "t_r": (int, "noise level to reconstruct from, 0 to T"),
-    "azimuth": (float, "the picture's camera in degrees; None: it is found"),
-    "elevation": (float, "the picture's camera in degrees; None: it is found"),
-    "data": (str, "built-in set or folder; None: the model's own"),
-    "scenes": (int, "how many scenes"),
-    "views": (int, "views a scene: the input and novel ones"),
-    "json": (bool, "print one JSON object"),
-}
+def number(kind, least, most=1e6):
+    """A type for argparse: an int or float from `least` to `most`, and not NaN."""
+    def parse_number(text):
+        if not least <= (value := kind(text)) <= most:
+            raise argparse.ArgumentTypeError(f"must be from {least:g} to {most:g}, not {text}")
+        return value
+
+    parse_number.__name__ = kind.__name__       # what argparse calls it
+    return parse_number
 
 
 def parse(argv):
-    """The command line as (command, its arguments); exits with 2 on bad ones, saying why.
+    """The command line as a namespace with `run`, its function; exits with 2, saying why."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--checkpoint", default="cars", help="a file, or a name in checkpoints/")
+    common.add_argument("--out", default="out", help="folder for what is written")
+    common.add_argument("--seed", type=number(int, 0, 1e9), default=0, help="of noise and scenes")
+    common.add_argument("--device", default="auto", help="cuda, mps, cpu; auto: the first that works")
+    picture = argparse.ArgumentParser(add_help=False)
+    picture.add_argument("--image", help="picture file; else scenes that training never saw")
+    picture.add_argument("--fit", choices=("crop", "pad"), default="crop",
+                         help="how the picture is made square")
+    picture.add_argument("--azimuth", type=number(float, -360, 360),
+                         help="of its camera in degrees; else it is found")
+    picture.add_argument("--elevation", type=number(float, -90, 90),
+                         help="of its camera in degrees; else it is found")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    A command's options are its function's parameters; `train`'s are the fields of `Config`.
-    """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.
-                                     RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
-    for name, run in COMMANDS.items():
-        sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
-        if name == "train":
-            options = {f.name: (f.default, type(f.default), comments[f.name])
-                       for f in dataclasses.fields(Config)}
-        else:
-            defaults = {k: p.default for k, p in inspect.signature(run).parameters.items()}
-            defaults |= dict(checkpoint="clevr1", out="out", seed=0, device="auto")
-            options = {k: (v, *HELP[k]) for k, v in defaults.items() if k in HELP}
-        for key, (default, kind, text) in options.items():
-            how = (dict(action="store_true") if kind is bool else
-                   dict(type=float if kind is tuple else kind,
-                        nargs="+" if isinstance(default, tuple) else None))
-            sub.add_argument("--" + key.replace("_", "-"), default=default, **how,
-                             help=f"{text} (default {default})".replace("%", "%%"))
-    args = vars(parser.parse_args(argv))
-    return args.pop("command"), args
+    def command(run, *parents):
+        sub = commands.add_parser(run.__name__.removeprefix("run_"), parents=parents,
+                                  help=run.__doc__, description=run.__doc__,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(run=run, parser=sub)
+        return sub
+
+    command(run_demo, common)
+    sub = command(run_train)
+    groups = {"data": "data", "plane_size": "model", "timesteps": "diffusion", "batch": "training"}
+    for field in dataclasses.fields(Config):
+        if field.name in groups:
+            group = sub.add_argument_group(groups[field.name])
+        if field.metadata:
+            how = dict(action="store_true") if field.type is bool else dict(type=field.type)
+            group.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **how,
+                               help=f"{field.metadata['text']} (default: {field.default})".replace(
+                                   "%", "%%"))
+    sub = command(run_generate, common)
+    sub.add_argument("--count", type=number(int, 1), default=8, help="how many scenes")
+    sub.add_argument("--steps", type=int, default=20, help="network calls")
+    sub.add_argument("--eta", type=number(float, 0, 1), default=0.0,
+                     help="1: fresh noise at each step (ancestral); 0: none")
+    sub = command(run_reconstruct, common, picture)
+    sub.add_argument("--count", type=number(int, 1, 500), default=8, help="scenes, without --image")
+    sub.add_argument("--t-r", type=int, nargs="+", default=[0],
+                     help="noise levels to reconstruct from, 0 to T")
+    sub.add_argument("--steps", type=int, help="network calls; else 50 for all of T")
+    sub = command(run_inpaint, common, picture)
+    sub.add_argument("--mask", help="mask file, white = keep; else the right half is filled")
+    sub.add_argument("--count", type=number(int, 1, 500), default=4, help="scenes, without --image")
+    sub.add_argument("--steps", type=int, default=20, help="noise levels on the way down")
+    sub.add_argument("--fillings", type=number(int, 1, 100), default=1, help="in how many ways")
+    sub = command(run_evaluate, common)
+    sub.add_argument("--data", help="a set or path; else the model's own")
+    sub.add_argument("--scenes", type=number(int, 1), default=64, help="held-out scenes")
+    sub.add_argument("--views", type=number(int, 2), default=5, help="the input and novel ones")
+    sub.add_argument("--t-r", type=int, default=0, help="noise level to reconstruct from, 0 to T")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub = command(run_export, common, picture)
+    sub.add_argument("--count", type=number(int, 1), default=4, help="scenes, without --image")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
 
 
 def main(argv=None):
     """Run one command; what the user can mend is said in one sentence, with exit code 2."""
-    command, args = parse(argv)
+    for stream in (sys.stdout, sys.stderr):         # names beyond a code page end no training
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    args = parse(argv)
     try:
-        for name, value in args.items():
-            check(name, value)
-        if command != "train":
-            args["model"] = load_checkpoint(args.pop("checkpoint"), pick_device(args.pop("device")))
-        COMMANDS[command](**args)
+        if args.run is run_train:
+            return run_train(args)
+        writable(args.out)
+        args.run(load_checkpoint(args.checkpoint, pick_device(args.device)), args)
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {first_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        said = first_line(error)
+    except KeyboardInterrupt:
+        said = "stopped; a training goes on from its last save by --resume"
+    except RuntimeError as error:                   # also torch's own for a GPU
+        if "memory" not in str(error):
+            raise
+        said = f"out of memory: lower --batch, --rays or --count ({first_line(error)})"
+    print(f"error: {said}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":
