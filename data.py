@@ -356,74 +356,58 @@ def read_mask(path, resolution, size=None, fit="crop"):
     if alpha.getextrema()[0] < 255:
         opaque = np.asarray(known)[np.asarray(alpha) > 127]
         known = alpha if opaque.any() else alpha.point(lambda _: 0)
-    fitted = torch.from_numpy(np.array(square(known, resolution, Image.Resampling.BOX, fit, 255)))
-    fitted = (fitted[None] > 127).float()
-    for all_same, what in ((known.getextrema()[1] < 128 or not fitted.any(), "all: no pixel is white"),
-                           (fitted.all(), "nothing: no pixel is black or transparent")):
-        if all_same:
-            raise ValueError(f"the mask {path} hides {what}; white is known, the rest is filled")
-    return fitted
+    fitted = square(known, resolution, Image.Resampling.BOX, fit, 255)
+    fitted = torch.from_numpy(np.array(fitted))[None] > 127
+    if fitted.all() or not fitted.any() or known.getextrema()[1] < 128:
+        raise ValueError(f"the mask {path} hides {'nothing' if fitted.all() else 'all'}: white is "
+                         "what is known, black or transparent what is to be filled")
+    return fitted.float()
 
 
-# ---- Data from files: which files ---------------------------------------------------------------
+# ---- Data from files: which of them, and what is wrong with them -------------------------------
 
-def visible(paths):
-    """The paths in order, without what Macs leave beside files: `._name`, `__MACOSX`."""
-    return sorted(path for path in paths if not path.name.startswith((".", "__MACOSX")))
+def visible(folder, *patterns):
+    """The paths like a pattern in a folder, in order; names that begin with a dot are nobody's."""
+    return sorted(path for pattern in patterns for path in folder.glob(pattern) if not any(
+        part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts))
 
 
-def split_of(path):
+def split_of(name):
     """train, val or test where a file or folder is named so, or `NAME_test`; else an empty text."""
-    name = re.fullmatch(r"(?:.*_)?(train|val|test)(?:\.json|_scenes\.json|\.lst|\.npz)?", path.name)
-    return name[1] if name else ""
+    named = re.fullmatch(r"(?:.*_)?(train|val|test)(?:(?:_scenes)?\.json|\.lst|\.npz)?", name)
+    return named[1] if named else ""
 
 
-def choose(paths, split):
-    """Of paths named by splits those of one, "test" meaning val where there is no test; and `find`'s
-    second answer."""
-    parts = defaultdict(list)
-    for path in paths:
-        parts[split_of(path)].append(path)
-    order = ("test", "val", "train", "") if split == "test" else ("train", "", "val", "test")
-    first = next(parts[name] for name in order if name in parts)
-    if len(parts) < 2 or not parts.keys() & {"val", "test"}:
-        return first, split
-    return first, "named" if split == "test" else None
+def find(path, loader, split):
+    """The paths by which a loader knows its scenes, of a split ("test" is val where there is none),
+    and what is still to be held back: "train" or "test", or "named" where names told, or None.
 
-
-def find(folder, marks, split, depth=3):
-    """Files or folders like one of `marks` in or below a folder, of a split; and what is still to
-    be held back: "train" or "test", or else "named" where names told the test part, or None.
-
-    The folders below are splits where all that have such files are named so and hold scenes.
+    path: such a file, or a folder with such files or folders up to three folders down; what is a
+    split itself by its name is whole. Names tell if some are test or val, and others are not.
     """
-    here = visible(path for mark in marks for path in folder.glob(mark))
-    if here or not depth:
-        return choose(here, split) if here else ([], split)
-    below = {path: find(path, marks, split, depth - 1) for path in visible(folder.iterdir())
-             if path.is_dir()}
-    below = {path: part for path, part in below.items() if part[0]}
-    if len(below) > 1 and all(split_of(path) and [file.parent for file in files] != [path]
-                              for path, (files, _) in below.items()):
-        chosen, left = choose(below, split)
-        if len(chosen) > 1:
-            raise ValueError(f"{folder} has {chosen[0].name} and {chosen[1].name}: name one of them")
-        return below[chosen[0]][0], left
-    told = [part for part in below.values() if part[1] != split]
-    some = told if told and split == "test" else below.values()
-    return [file for files, _ in some for file in files], told[0][1] if told else split
-
-
-def sources(path, loader, split, most=math.inf):
-    """What `find` finds for a loader in `path`, which may be a file; a split itself it is whole."""
-    path = Path(path)
-    split = None if split_of(path) else split
-    found, left = ([path], split) if path.is_file() else find(path, FORMATS[loader][1:], split)
-    if not found:
+    path, marks = Path(path), FORMATS[loader][1:]
+    found = [path] if path.is_file() else visible(path, *marks) or visible(
+        path, *("*/" * down + mark for down in (1, 2, 3) for mark in marks))
+    parts = defaultdict(list)
+    for file in found:
+        # a scene's own folder may have any name; of CLEVR-567 a folder has many scenes
+        folders = file.relative_to(path).parts[:-1 if loader == load_clevr567 else -2]
+        parts[next(filter(None, map(split_of, (file.name, *folders))), "")].append(file)
+    if not parts:
         raise FileNotFoundError(f"there are no scenes in {path}")
-    if len(found) > most:
-        raise ValueError(f"{path} has {found[0]} and {found[1]}: name one of them")
-    return found, left
+    if len(parts) == 1 or not parts.keys() & {"val", "test"}:
+        return found, None if split_of(path.name) else split
+    order = ("test", "val", "train", "") if split == "test" else ("train", "", "val", "test")
+    left = "named" if split == "test" else None
+    return next(parts[name] for name in order if name in parts), left
+
+
+def find_one(path, loader, split):
+    """As `find`, for formats of one file; ValueError where there are more."""
+    (file, *others), left = find(path, loader, split)
+    if others:
+        raise ValueError(f"{path} has {file} and {others[0]}: name one of them")
+    return file, left
 
 
 def hold_back(path, items, split, what="scenes"):
@@ -434,7 +418,8 @@ def hold_back(path, items, split, what="scenes"):
         return items, split == "named"
     held = range(n - max(1, n // 10), n) if what == "scenes" else range(0, n, 8)
     print(f"{path} has no test split: {len(held)} of {n} {what} are held out", file=sys.stderr)
-    return [item for i, item in enumerate(items) if (i in held) == (split == "test")], split == "test"
+    is_test = split == "test"
+    return [item for i, item in enumerate(items) if (i in held) == is_test], is_test
 
 
 def named(path, function, *arguments):
@@ -457,7 +442,8 @@ def parallel(job, items, what):
             done.append(result)
             if (now := time.monotonic()) > said + 2:
                 said, left = now, (now - start) * (len(items) / len(done) - 1)
-                print(f"{what}: {len(done):,} of {len(items):,}, {left:.0f} s left", file=sys.stderr)
+                print(f"{what}: {len(done):,} of {len(items):,}, {left:.0f} s left",
+                      file=sys.stderr)
     return done
 
 
@@ -476,7 +462,7 @@ def read_numbers(path, count):
         raise ValueError(f"{path} should hold {count} numbers") from None
 
 
-# ---- Data from files: pictures and cameras -------------------------------------------------------
+# ---- Data from files: pictures and cameras -----------------------------------------------------
 
 class Shot(NamedTuple):
     """A picture and the camera that took it."""
@@ -487,10 +473,11 @@ class Shot(NamedTuple):
     image: Image.Image | None = None        # the picture itself, where it has no file
 
 
-def raw_pose(shot):
+def pose_of(shot):
     """A shot's pose (4, 4) as its file has it."""
     pose = read_numbers(shot.pose, 16) if isinstance(shot.pose, Path) else shot.pose
-    return np.concatenate([np.reshape(pose, (-1, 4))[:3], [[0, 0, 0, 1]]]).astype(float)
+    pose = named(shot.picture, np.reshape, np.array(pose, dtype=float).ravel()[:12], (3, 4))
+    return np.concatenate([pose, [[0, 0, 0, 1]]])
 
 
 def half_view(shots):
@@ -503,24 +490,25 @@ def half_view(shots):
     return half
 
 
-@np.errstate(all="ignore")
 def check(path, shots, poses, scale, half):
-    """Poses (K, 4, 4) in cube units, of which a model can be trained: ValueError, with the picture's
-    name, where a camera is none. On stderr what is likely to be wrong: z not up, looking away."""
+    """Poses (K, 4, 4) in cube units with which a model can be trained; ValueError with the name of
+    a picture whose camera is none, and a line on stderr where z is not up, or cameras look away.
+
+    half: of the set's square pictures the half side (K,) at depth 1.
+    """
     R, center = poses[:, :3, :3], poses[:, :3, 3] / scale
-    distance = np.linalg.norm(center, axis=1)
+    distance, focal = np.linalg.norm(center, axis=1), 0.5 / half
     error = np.abs(np.swapaxes(R, 1, 2) @ R - np.eye(3)).max((1, 2))
-    rigid = (error < 1e-3) & (np.linalg.det(R) > 0) & np.isfinite(center).all(1)
-    near = (distance >= 1e-3) & (distance <= 1e3)
-    for good, what in ((rigid, "its pose is not a rotation and a position"),
-                       (near, "its camera is {:.4g} cube units from the origin, and has to be 0.001 "
-                              "to 1000: is it in other units?")):
+    rigid = (error < 1e-3) & (np.linalg.det(R) > 0) & np.isfinite(poses).all((1, 2))
+    for value, good, what in (
+            (error, rigid, "the pose is not a rotation and a position (by {:.2g})"),
+            (distance, abs(np.log10(distance)) <= 3, "the camera is {:.4g} cube units from the "
+             "origin, and has to be 0.001 to 1000: in other units?"),
+            (focal, abs(np.log10(focal)) <= 3, "the focal length is {:.4g} image widths, and has to "
+             "be 0.001 to 1000")):
         if not good.all():
             k = good.argmin()
-            raise ValueError(f"{path}: {shots[k].picture}: {what.format(distance[k])}")
-    if not 1e-3 <= 0.5 / half <= 1e3:
-        raise ValueError(f"{path}: {shots[0].picture}: the focal length is {0.5 / half:.4g} image "
-                         "widths, and has to be 0.001 to 1000")
+            raise ValueError(f"{path}: {shots[k].picture}: {what.format(value[k])}")
     x, y, z = (-center[:, None] @ R)[:, 0].T                    # the origin, from the cameras
     in_view = (z > 0) & (np.maximum(abs(x), abs(y)) < half * z)
     upright = (abs(R[:, 2, 0]) < 0.35) & (R[:, 2, 1] < 0.35)    # right is level, down is not up
@@ -531,6 +519,7 @@ def check(path, shots, poses, scale, half):
     return np.concatenate([np.dstack([R, center]), poses[:, 3:]], 1)
 
 
+@np.errstate(all="ignore")
 def read_views(path, found, shots_of, scale, split, first=None, background=(1.0, 1.0, 1.0),
                scenes=None, views=None, resolution=64, seed=0, device="cpu"):
     """`Views` of the first scenes of the list `found`; shots_of(scene) lists the `Shot`s of one.
@@ -542,10 +531,6 @@ def read_views(path, found, shots_of, scale, split, first=None, background=(1.0,
     so the set has one focal; pixels that are not square become so.
     """
     check_counts(scenes=scenes, views=views, resolution=resolution)
-    if scale is None:
-        some = named(first, shots_of, first)
-        distance = np.linalg.norm([raw_pose(shot)[:3, 3] for shot in some], axis=1)
-        scale = float(np.nanmedian(distance * half_view(some))) or 1.0
     chosen, held_out = hold_back(path, found, split)
     chosen = chosen[:scenes]
     shots = parallel(lambda scene: named(scene, shots_of, scene), chosen, "scenes")
@@ -560,9 +545,14 @@ def read_views(path, found, shots_of, scale, split, first=None, background=(1.0,
     start = [mix(mix(seed) ^ i) if V < count else 0 for i, count in enumerate(counts)]
     shots = [some[(start[i] + k * counts[i] // V) % counts[i]]
              for i, some in enumerate(shots) for k in range(V)]
-    half = named(path, half_view, shots).min()
-    poses = parallel(lambda shot: named(shot.picture, raw_pose, shot), shots, "cameras")
-    poses = torch.from_numpy(check(path, shots, np.array(poses), scale, half)).float()
+    half = named(path, half_view, shots)
+    poses = parallel(pose_of, shots, "cameras")
+    if scale is None:
+        some = named(first, shots_of, first)
+        distance = np.linalg.norm([pose_of(shot)[:3, 3] for shot in some], axis=1)
+        scale = float(np.nanmedian(distance * named(first, half_view, some))) or 1.0
+    poses, half = check(path, shots, np.array(poses), scale, half), half.min()
+    poses = torch.from_numpy(poses).float().unflatten(0, (-1, V))                  # (N, V, 4, 4)
     images = torch.empty(len(shots), 3, resolution, resolution)
 
     def read(k):
@@ -582,20 +572,18 @@ def read_views(path, found, shots_of, scale, split, first=None, background=(1.0,
         image = flatten(image, background).resize((resolution, resolution), method, tuple(box))
         images[k] = to_tensor(image)
     parallel(read, range(len(shots)), "pictures")
-    return Views(images.unflatten(0, (-1, V)).to(device), poses.unflatten(0, (-1, V)).to(device),
+    return Views(images.unflatten(0, (-1, V)).to(device), poses.to(device),
                  float(0.5 / half), torch.tensor(background, device=device), Path(path).name, scale,
                  held_out=held_out)
 
 
-# ---- Data from files: the formats ---------------------------------------------------------------
+# ---- Data from files: the formats --------------------------------------------------------------
 
 SHAPENET_SCALE = 0.5        # how far objects reach from the origin, in the units of the files
 CLEVR_SCALE = 4.2           # for CLEVR, its objects and the shadows that our tracer gives them
 CLEVR_SHAPES = {"sphere": SPHERE, "cube": BOX, "cylinder": CYLINDER}
 CLEVR_NAMES = ["gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow"]
 FLIP = np.array([1, -1, -1, 1])         # OpenGL's axes of a camera to OpenCV's
-PERSPECTIVE = {"PINHOLE", "SIMPLE_PINHOLE", "PERSPECTIVE", "OPENCV", "FULL_OPENCV", "RADIAL",
-               "SIMPLE_RADIAL"}
 
 
 def load_srn(path, split=None, **how):
@@ -608,11 +596,11 @@ def load_srn(path, split=None, **how):
         f, cx, cy, h, w = read_numbers(rgb.parent / "intrinsics.txt", 10)[[0, 1, 2, 8, 9]]
         if cx >= w:                     # an older archive states f, cx and cy for 512 pixels
             w, h = 2 * cx, 2 * cy
-        pictures, poses = visible(rgb.glob("*.png")), visible(rgb.parent.glob("pose/*.txt"))
+        pictures, poses = visible(rgb, "*.png"), visible(rgb.parent, "pose/*.txt")
         if [f.stem for f in pictures] != [f.stem for f in poses]:
             raise ValueError(f"{len(pictures)} pictures and {len(poses)} poses do not match")
         return [Shot(*both, (f, f, cx, cy, w, h)) for both in zip(pictures, poses)]
-    found, split = sources(path, load_srn, split)
+    found, split = find(path, load_srn, split)
     return read_views(path, found, shots_of, SHAPENET_SCALE, split, **how)
 
 
@@ -625,7 +613,7 @@ def load_nmr(path, split=None, **how):
     def shots_of(scene):
         shots, y_to_z_up = [], np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]])
         with np.load(scene / "cameras.npz", allow_pickle=False) as file:
-            for i, picture in enumerate(visible(scene.glob("image/*.png"))):
+            for i, picture in enumerate(visible(scene, "image/*.png")):
                 pose = (file[key] if (key := f"world_mat_inv_{i}") in file else
                         np.linalg.inv([*file[f"world_mat_{i}"][:3], [0, 0, 0, 1]]))
                 K = file[f"camera_mat_{i}"].astype(float)               # for pixels from -1 to 1
@@ -633,7 +621,7 @@ def load_nmr(path, split=None, **how):
                                   (K[0, 0], K[1, 1], K[0, 2] + 1, K[1, 2] + 1, 2, 2),
                                   f if (f := scene / "mask" / picture.name).is_file() else None))
         return shots
-    files, split = sources(path, load_nmr, split)
+    files, split = find(path, load_nmr, split)
     listed = [file.parent / name for file in files if file.suffix == ".lst"
               for name in file.read_text("utf-8-sig").split()]
     found = [scene for scene in listed or [file.parent for file in files] if scene.is_dir()]
@@ -645,7 +633,7 @@ def load_clevr567(path, split=None, **how):
 
     Its square pictures are squeezed from 4:3; the middle square of what they were is read.
     """
-    files, split = sources(path, load_clevr567, split)
+    files, split = find(path, load_clevr567, split)
     found = defaultdict(list)
     for pose in files:                                          # other pictures are masks
         if scene := re.search(r"sc\d+", pose.name):
@@ -668,7 +656,7 @@ def load_folder(path, split=None, scale=None, **how):
     @cache
     def pictures_in(folder):
         kinds = Image.registered_extensions()
-        return {f.stem: f for f in visible(folder.glob("*")) if f.suffix.lower() in kinds}
+        return {f.stem: f for f in visible(folder, "*") if f.suffix.lower() in kinds}
 
     def locate(file, name):
         """The file of this name, which may lack its extension or have Windows' backslashes."""
@@ -688,8 +676,9 @@ def load_folder(path, split=None, scale=None, **how):
         about, shots, notes = json.loads(file.read_text("utf-8-sig")), [], set()
         for frame in about["frames"]:
             key = {k: v for part in (about, frame) for k, v in part.items() if v is not None}
-            model = str(key.get("camera_model", "PINHOLE")).upper()
-            if model not in PERSPECTIVE or key.get("is_fisheye"):
+            model = key.get("camera_model", "PINHOLE")
+            if not re.fullmatch("(.*_)?(pinhole|perspective|opencv|radial)", model, re.I) or key.get(
+                    "is_fisheye"):
                 raise ValueError(f"its camera is {model}, and no pinhole: undistort the pictures")
             if any(key.get(k) for k in ("k1", "k2", "k3", "k4", "p1", "p2")):
                 notes.add("lens distortion is not corrected")
@@ -710,9 +699,9 @@ def load_folder(path, split=None, scale=None, **how):
         for note in sorted(notes):
             print(f"{file}: {note}", file=sys.stderr)
         return shots
-    found, split_left = sources(path, load_folder, split)
-    first = sources(path, load_folder, None)[0][0]
-    return read_views(path, found, shots_of, scale, split_left, first, **how)
+    found, left = find(path, load_folder, split)
+    (first, *_), _ = find(path, load_folder, None)
+    return read_views(path, found, shots_of, scale, left, first, **how)
 
 
 def load_npz(path, split=None, resolution=64, **how):
@@ -723,7 +712,7 @@ def load_npz(path, split=None, resolution=64, **how):
     images (V, H, W, 3) from 0 to 1, poses in OpenGL's axes, focal in pixels; the cube is as wide as
     its pictures. Pictures are made smaller by area; ValueError for a larger resolution.
     """
-    (file,), split = sources(path, load_npz, split, most=1)
+    file, split = find_one(path, load_npz, split)
 
     def read():
         with np.load(file, allow_pickle=False) as arrays:
@@ -734,10 +723,11 @@ def load_npz(path, split=None, resolution=64, **how):
             if not (images.dtype.kind == "f" and images.min() >= 0 and images.max() <= 1):
                 raise ValueError("images of a single scene have to be floats from 0 to 1")
             images, poses = np.uint8(np.rint(images * 255))[None], poses[None] * FLIP
-        for key, array, shape, kind in (
-                ("images", images, (*images.shape[:4], 3)[-5:], "u"), ("focal", focal, (), "fiu"),
-                ("poses", poses, (*images.shape[:2], 4, 4), "f"), ("background", color, (3,), "u")):
-            if array.shape != shape or array.dtype.kind not in kind:
+        for key, array, kind, shape in (
+                ("images", images, np.uint8, (*images.shape[:4], 3)),
+                ("poses", poses, np.floating, (*images.shape[:2], 4, 4)),
+                ("focal", focal, np.number, ()), ("background", color, np.uint8, (3,))):
+            if array.shape != shape or not array.size or not np.issubdtype(array.dtype, kind):
                 raise ValueError(f"{key}: {array.dtype} {array.shape} is not what it has to be")
         if resolution > min(images.shape[2:4]):
             raise ValueError(f"its pictures are smaller than {resolution} x {resolution}")
@@ -754,7 +744,7 @@ def load_npz(path, split=None, resolution=64, **how):
 
 def clevr_scenes(path, split=None):
     """The scenes of a folder, or file, of CLEVR v1.0 or of its generator, as the JSON has them."""
-    (file,), _ = sources(path, load_clevr, split, most=1)
+    file, _ = find_one(path, load_clevr, split)
     return named(file, lambda: list(json.loads(file.read_text("utf-8-sig"))["scenes"]))
 
 
@@ -781,7 +771,7 @@ def load_clevr(path, split=None, scenes=None, views=None, resolution=64, seed=0,
     generator wrote: `CLEVR_scenes.json`. `subsets/clevr_cameras.py` makes an .npz of the pictures.
     """
     check_counts(scenes=scenes, views=views, resolution=resolution)
-    (file,), left = sources(path, load_clevr, split, most=1)
+    file, left = find_one(path, load_clevr, split)
     if (Path(path) / "images").is_dir():
         print(f"{path}: pictures are not read, layouts are drawn", file=sys.stderr)
     layouts, held_out = hold_back(path, clevr_scenes(file), left)
@@ -799,7 +789,7 @@ def load_clevr(path, split=None, scenes=None, views=None, resolution=64, seed=0,
                  held_out)
 
 
-# ---- Data by its name ---------------------------------------------------------------------------
+# ---- Data by its name --------------------------------------------------------------------------
 
 FORMATS = {     # what it is called, and files or folders by which it is known
     load_folder: ("NeRF's transforms.json", *(f"transforms{split}.json"
@@ -808,9 +798,8 @@ FORMATS = {     # what it is called, and files or folders by which it is known
     load_nmr: ("NMR's ShapeNet", "softras_*.lst", "cameras.npz"),
     load_srn: ("ShapeNet-SRN", "rgb"),
     load_clevr567: ("CLEVR-567", "*_RT.txt"),
-    load_npz: ("pictures in .npz", "train.npz", "val.npz", "test.npz"),
+    load_npz: ("pictures in .npz", "*.npz"),
 }
-SUFFIXES = {".json": load_folder, ".npz": load_npz}
 
 
 def load(spec, scenes=None, views=None, resolution=64, split=None, seed=0, device="cpu"):
@@ -829,23 +818,19 @@ def load(spec, scenes=None, views=None, resolution=64, split=None, seed=0, devic
                           resolution, -1 - seed if split == "test" else seed, device)
         return replace(views, held_out=split == "test")
     subsets = Path(__file__).resolve().parent / "subsets"
-    path = subsets / spec if spec and Path(spec).name == spec else Path(spec)
-    path = path if path.exists() else Path(spec)
-    how = dict(scenes=scenes, views=views, resolution=resolution, split=split, seed=seed,
-               device=device)
-    if path.is_file():
-        loader = load_clevr if path.name.endswith("_scenes.json") else SUFFIXES.get(path.suffix)
-        if loader:
-            return loader(path, **how)
-    elif not path.exists():
-        raise ValueError(
-            f"{spec!r} is neither a built-in set ({', '.join(SETS)}) nor one in subsets/ "
-            f"({', '.join(f.parent.name for f in subsets.glob('*/train.npz'))}) nor a path")
+    is_subset = Path(spec).name == spec and (subsets / spec).is_dir()
+    path = subsets / spec if is_subset else Path(spec)
+    if not path.exists():
+        names = ", ".join(file.parent.name for file in subsets.glob("*/train.npz"))
+        raise ValueError(f"{spec!r} is neither a built-in set ({', '.join(SETS)}) nor one in "
+                         f"subsets/ ({names}) nor a path")
     for depth in range(4):                                  # what is quick to find comes first
         for loader, (name, *marks) in FORMATS.items():
-            if any(next(path.glob("*/" * depth + mark), None) for mark in marks):
+            if any(path.match(Path(mark).name) if path.is_file() else
+                   next(path.glob("*/" * depth + mark), None) for mark in marks):
                 print(f"{path}: taken for {name}", file=sys.stderr)
-                return loader(path, **how)
+                return loader(path, split, scenes=scenes, views=views, resolution=resolution,
+                              seed=seed, device=device)
     raise ValueError(f"{path} has no known format; looked for " + ", ".join(
         f"{mark} ({name})" for name, mark, *_ in FORMATS.values()))
 
@@ -865,20 +850,21 @@ AHEAD = {"cuda": 64}                # steps' scenes traced at once: tracing wait
 
 def training_pictures(config, device, rank=0, world=1):
     """What one of `world` processes trains on: draw(step) -> images (B, 3, S, S), poses (B, 4, 4);
-    and the set's camera, a dict of focal, background, radius and elevation (low, high).
+    and the set's cameras, a dict of focal, background, radius and elevation (low, high).
 
     With `config.scenes` = 0 a built-in set has new scenes for ever, but the same by the same seed.
     The pictures of a fixed set are on `device`, and come in random order by torch's generator.
     """
-    B, S, built_in, device = config.batch, config.resolution, SETS.get(config.data), torch.device(device)
-    fresh, ahead = built_in and config.scenes == 0, AHEAD.get(device.type, 1)
+    B, S, built_in = config.batch, config.resolution, SETS.get(config.data)
+    fresh, ahead = built_in and config.scenes == 0, AHEAD.get(torch.device(device).type, 1)
     views = load(config.data, 1 if fresh else config.scenes or None, config.views, S, "train",
-                 config.seed, "cpu" if fresh else device)
-    images, poses = views.images.flatten(0, 1), views.poses.flatten(0, 1)
+                 config.seed, device if built_in else "cpu")
+    images, poses = views.images.flatten(0, 1), views.poses.flatten(0, 1).to(device)
     if len(images) == 1 and not fresh:
         print(f"{config.data}: trains on one picture; --views reads more", file=sys.stderr)
-    eight_bits = ((images + 1) * 127.5).round().byte()      # a quarter, and the same, of files
-    kept = eight_bits if torch.equal(eight_bits.float() / 127.5 - 1, images) else images
+    if views.depth is None:         # from files, of 8 bits: kept as such they take a quarter
+        images = torch.cat([((some + 1) * 127.5).round().byte() for some in images.split(1024)])
+    images = images.to(device)
 
     @lru_cache(maxsize=1)
     def trace_ahead(i):
@@ -892,8 +878,8 @@ def training_pictures(config, device, rank=0, world=1):
             new = trace_ahead(step // ahead)[i:i + B]
             return new.images[:, 0], new.poses[:, 0]
         chosen = torch.randint(len(images), (B,)).to(device)
-        some = kept[chosen]
-        return some if some.is_floating_point() else some.float() / 127.5 - 1, poses[chosen]
+        some = images[chosen]
+        return some.float() / 127.5 - 1 if views.depth is None else some, poses[chosen]
 
     radius = poses[:, :3, 3].norm(dim=-1)
     angles = torch.rad2deg(torch.asin((poses[:, 2, 3] / radius).clamp(-1, 1)))
