@@ -388,16 +388,19 @@ def find(path, loader, split):
     path, marks = Path(path), FORMATS[loader][1:]
     found = [path] if path.is_file() else visible(path, *marks) or visible(
         path, *("*/" * down + mark for down in (1, 2, 3) for mark in marks))
-    parts = defaultdict(list)
+    parts, known = defaultdict(list), set(found)
     for file in found:
+        if file.with_stem(f"{file.stem}_train") in known:           # NeRF's transforms.json of all
+            continue
         # a scene's own folder may have any name; of CLEVR-567 a folder has many scenes
         folders = file.relative_to(path).parts[:-1 if loader == load_clevr567 else -2]
-        parts[next(filter(None, map(split_of, (file.name, *folders))), "")].append(file)
+        names = filter(None, map(split_of, (file.name, *folders)))
+        parts[next(names, "train")].append(file)
     if not parts:
         raise FileNotFoundError(f"there are no scenes in {path}")
-    if len(parts) == 1 or not parts.keys() & {"val", "test"}:
-        return found, None if split_of(path.name) else split
-    order = ("test", "val", "train", "") if split == "test" else ("train", "", "val", "test")
+    if len(parts) == 1:
+        return *parts.values(), None if split_of(path.name) else split
+    order = ("test", "val", "train") if split == "test" else ("train", "val", "test")
     left = "named" if split == "test" else None
     return next(parts[name] for name in order if name in parts), left
 
@@ -503,14 +506,14 @@ def check(path, shots, poses, scale, half):
     for value, good, what in (
             (error, rigid, "the pose is not a rotation and a position (by {:.2g})"),
             (distance, abs(np.log10(distance)) <= 3, "the camera is {:.4g} cube units from the "
-             "origin, and has to be 0.001 to 1000: in other units?"),
-            (focal, abs(np.log10(focal)) <= 3, "the focal length is {:.4g} image widths, and has to "
-             "be 0.001 to 1000")):
+             "origin, and not 0.001 to 1000: other units?"),
+            (focal, abs(np.log10(focal)) <= 3, "the focal length is {:.4g} image widths, and not "
+             "0.001 to 1000")):
         if not good.all():
             k = good.argmin()
             raise ValueError(f"{path}: {shots[k].picture}: {what.format(value[k])}")
     x, y, z = (-center[:, None] @ R)[:, 0].T                    # the origin, from the cameras
-    in_view = (z > 0) & (np.maximum(abs(x), abs(y)) < half * z)
+    in_view = np.maximum(abs(x), abs(y)) < half * z
     upright = (abs(R[:, 2, 0]) < 0.35) & (R[:, 2, 1] < 0.35)    # right is level, down is not up
     for good, what in ((in_view, "the origin is in view"), (upright, "z is up")):
         if good.mean() < 0.5:
@@ -676,9 +679,8 @@ def load_folder(path, split=None, scale=None, **how):
         about, shots, notes = json.loads(file.read_text("utf-8-sig")), [], set()
         for frame in about["frames"]:
             key = {k: v for part in (about, frame) for k, v in part.items() if v is not None}
-            model = key.get("camera_model", "PINHOLE")
-            if not re.fullmatch("(.*_)?(pinhole|perspective|opencv|radial)", model, re.I) or key.get(
-                    "is_fisheye"):
+            model = "FISHEYE" if key.get("is_fisheye") else key.get("camera_model", "PINHOLE")
+            if not re.fullmatch("(.*_)?(pinhole|perspective|opencv|radial)", model, re.I):
                 raise ValueError(f"its camera is {model}, and no pinhole: undistort the pictures")
             if any(key.get(k) for k in ("k1", "k2", "k3", "k4", "p1", "p2")):
                 notes.add("lens distortion is not corrected")

@@ -453,7 +453,8 @@ def squeeze(folder, about):
 
 
 def double(folder, about):
-    """Frames without w and h: each has its own picture's size; fl_x is not camera_angle_x."""
+    """Frames without w and h: each has its own picture's size; a frame's fl_x goes before all."""
+    about["fl_x"] = 7.0
     for v, frame in enumerate(about["frames"]):
         frame["fl_x"] = 1.6 * 48 * (1 + v)
         picture(folder, v).resize((48 * (1 + v),) * 2).save(folder / f"images/{v}.png")
@@ -505,7 +506,7 @@ def cut(folder, about):
 
 FINE = [(squeeze, ""), (cut, ""), (double, ""), (masks, ""), (turned, ""), (no_extension, ""),
         (top(cx=None, cy=None, w=48, h=None), ""), (rewrite("utf-8-sig"), ""),
-        (frame(file_path="images\\1.png"), ""), (frame(k1=0.1), "lens distortion is not corrected"),
+        (frame(file_path="images\\1.png"), ""), (frame(p2=0.1), "lens distortion is not corrected"),
         (lambda folder, about: about["frames"].append({"file_path": "images/9.png"}),
          "1 of 4 pictures are missing")]
 BAD = [(frame(transform_matrix=np.eye(4).tolist()), "1.png: the camera is 0 cube units"),
@@ -519,7 +520,7 @@ BAD = [(frame(transform_matrix=np.eye(4).tolist()), "1.png: the camera is 0 cube
        (frame(cx=-3), "1.png: no crop has the principal point in the middle"),
        (frame(w=48, h=24), "1.png is 48 x 48 pixels, which does not fit its camera's 48 x 24"),
        (frame(mask_path="no.png"), "there is no picture .*no.png"),
-       (frame(is_fisheye=True), "transforms.json is not .* no pinhole"),
+       (frame(is_fisheye=True), "its camera is FISHEYE, and no pinhole"),
        (top(camera_model="OPENCV_FISHEYE", k1=0.0), "OPENCV_FISHEYE, and no pinhole"),
        (top(camera_model="EQUIRECTANGULAR"), "EQUIRECTANGULAR, and no pinhole"),
        (top(camera_angle_x=40), "camera_angle_x is 40, and has to be in radians"),
@@ -586,23 +587,26 @@ def test_the_cube_is_as_wide_as_the_pictures_of_the_training_scene(tmp_path):
 def test_what_is_held_out(tmp_path, capsys):
     """Names are matched whole; without splits a tenth of the scenes, or an eighth of the views."""
     poses = cameras(9)[0]
-    for name in ("house", "oval", "train"):                     # not "val", and scenes, not splits
+    for name in ("house", "oval", "test"):                      # not "val", and scenes, not splits
         write_folder(tmp_path / "scenes" / name, poses[:3], side=16)
     for split, numbers in (None, (3, 3)), ("train", (2, 3)), ("test", (1, 3)):
         views = load(tmp_path, split=split, resolution=8)       # found two folders down
         assert views.images.shape[:2] == numbers and views.held_out == (split == "test")
         assert ("1 of 3 scenes are held out" in capsys.readouterr().err) == (split is not None)
     write_folder(tmp_path / "two", poses[:3], side=16)
-    write_folder(tmp_path / "two", poses[:1], side=16, file="transforms_test.json")
-    write_folder(tmp_path / "two", poses[:2], side=16, file="transforms_trained.json")
+    write_folder(tmp_path / "two", poses[:3], side=16, file="transforms_train.json")
+    assert not load(tmp_path / "two", split="test").held_out    # but a split needs its counterpart
+    (tmp_path / "two" / "transforms_train.json").unlink()
+    for name, some in ("test", poses[:1]), ("val", poses[:2]), ("trained", poses[:2]):
+        write_folder(tmp_path / "two", some, side=16, file=f"transforms_{name}.json")
     counts = [load(tmp_path / "two", split=split).images.shape[1] for split in ("train", "test")]
     assert counts == [3, 1]
     write_folder(tmp_path / "one", poses, side=16)
     kept, held_out = (load_folder(tmp_path / "one", split, 1.0) for split in ("train", "test"))
     assert torch.allclose(held_out.poses[0], poses[[0, 8]], atol=1e-6)
     assert torch.allclose(kept.poses[0], poses[1:8], atol=1e-6)
-    write_folder(tmp_path / "few_test", poses[:5], side=16)
-    few = load(tmp_path / "few_test", split="test")
+    write_folder(tmp_path / "few", poses[:5], side=16)
+    few = load(tmp_path / "few", split="test")
     assert few.images.shape[1] == 5 and not few.held_out        # too few to hold some back
 
     def config(path):
@@ -610,7 +614,7 @@ def test_what_is_held_out(tmp_path, capsys):
     assert data.test_views(config("cars"), 3, 2, "cpu").poses.equal(
         random_poses("cars", 3, 2, seed=-1))
     assert data.test_views(config(tmp_path / "one"), 9, 9, "cpu").images.shape[:2] == (1, 2)
-    for none in ("two", "few_test"):
+    for none in ("two", "few"):
         assert data.test_views(config(tmp_path / none), 9, 9, "cpu") is None
     assert torch.equal(load("cars", 3, split="test", seed=4, resolution=8).images,
                        synthetic("cars", 3, seed=-5, resolution=8).images)
@@ -620,8 +624,9 @@ def test_scenes_with_fewer_views_and_cameras_that_look_away(tmp_path, capsys):
     """A set takes the fewest views; Blender's axes look away, and are upside down; y up is told."""
     for start, views in enumerate((3, 2)):
         write_srn(tmp_path, 1, views, start=start)
-    assert load(tmp_path, views=50, resolution=8).images.shape[:2] == (2, 2)
-    assert "2 scenes of 2 views are all there are" in capsys.readouterr().err
+    for views in (None, 50):
+        assert load(tmp_path, views=views, resolution=8).images.shape[:2] == (2, 2)
+        assert "2 scenes of 2 views are all there are" in capsys.readouterr().err
     y_up = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]])
     for scene, blender in zip(sorted(tmp_path.iterdir()), (True, False)):
         for file in scene.glob("pose/*"):
@@ -682,7 +687,8 @@ def test_npz(tmp_path):
     one = load(tmp_path / "tiny_nerf_data.npz", resolution=32)
     assert one.images.shape[:2] == (1, 3) and torch.equal(one.images[0], views.images[0])
     assert one.scale == pytest.approx(2.65 * 0.5 / 1.6) and (one.background == -1).all()
-    assert torch.allclose(one.poses[..., :3, 3] * one.scale, poses[:1, :, :3, 3], atol=1e-5)
+    one.poses[..., :3, 3] *= one.scale
+    assert torch.allclose(one.poses, poses[:1], atol=1e-5)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -721,7 +727,7 @@ def clevr_scene(rng, count):
 
 
 def test_clevr_layouts(tmp_path, capsys):
-    """Each object is where, and what, it should be; pictures beside are not read, and it says so."""
+    """Each object is where, and what, it should be; that pictures are not read is said."""
     rng = np.random.default_rng(2)
     scenes = [clevr_scene(rng, n) for n in (3, 9, 5)]
     file = tmp_path / "scenes" / "CLEVR_train_scenes.json"
@@ -794,6 +800,9 @@ def test_a_picture_of_any_size_is_cropped_or_padded_with_its_mask(tmp_path):
         assert image[0, 16, 0].item() == pytest.approx(-1 if fit == "crop" else 0.5, abs=0.01)
     with pytest.raises(ValueError, match="mask.png is 180 x 60 pixels and its picture 60 x 60"):
         read_mask(tmp_path / "mask.png", 32, (60, 60))
+    save(tmp_path / "mask.png", np.uint8(0 * disc))
+    with pytest.raises(ValueError, match="mask.png hides all"):     # but for what is padded
+        read_mask(tmp_path / "mask.png", 32, (180, 60), "pad")
     with pytest.raises(ValueError, match="fit must be crop or pad"):
         read_image(tmp_path / "wide.png", 32, fit="stretch")
 
@@ -848,8 +857,8 @@ def test_pictures_of_any_depth(tmp_path):
 # What training reads ------------------------------------------------------------------------------
 
 def config(**changes):
-    return SimpleNamespace(**{**dict(data="cars", scenes=0, views=1, resolution=16, batch=4, seed=0),
-                              **changes})
+    fields = dict(data="cars", scenes=0, views=1, resolution=16, batch=4, seed=0)
+    return SimpleNamespace(**fields | changes)
 
 
 def test_training_pictures_are_new_scenes_or_those_of_a_fixed_set(tmp_path, monkeypatch, capsys):
