@@ -1,8 +1,8 @@
-"""Posed images for RenderDiffusion: cameras, ray-traced scenes that need no download, and loaders.
+"""Posed images for RenderDiffusion: cameras, loaders, and ray-traced scenes that need no download.
 
-    views = synthetic("clevr1", scenes=8, views=4)      # images, poses, focal, background, depth
-    origins, directions = camera_rays(views.poses[:, 0], views.focal, 32)
-    views = load("data/cars_train", scenes=200)         # ShapeNet-SRN, NMR, CLEVR, your own
+    views = load("clevr1", scenes=8, views=4)           # images, poses, focal, background, depth
+    origins, directions = camera_rays(views.poses[:, 0], views.focal, 64)
+    views = load("data/cars", scenes=200)               # ShapeNet-SRN, NMR, CLEVR, .npz, your own
 
 world   right-handed, z up; a scene and its shadows are inside the cube [-1, 1]^3
 pose    camera-to-world 4x4, OpenCV axes: x right, y down, z into the scene
@@ -20,8 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from itertools import chain, islice
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,6 +64,15 @@ def camera_rays(poses, focal, resolution):
     return center.expand_as(directions), directions
 
 
+def turn_poses(model, azimuth, count):
+    """`count` poses (count, 4, 4) round the scene from `azimuth` on, at the middle elevation.
+
+    model: has `.config.elevation` (low, high), `.config.radius` and, for the device, `.background`.
+    """
+    azimuths = azimuth + torch.arange(count, device=model.background.device) * 360 / count
+    return orbit(azimuths, sum(model.config.elevation) / 2, model.config.radius)
+
+
 @dataclass
 class Views:
     """Posed images of N scenes, V views each. `len(views)` is N and `views[i:j]` some scenes."""
@@ -75,6 +83,7 @@ class Views:
     name: str
     scale: float = 1.0                  # world units a cube unit, 1 for the built-in sets
     depth: torch.Tensor | None = None   # (N, V, S, S) to the first hit, inf where there is none
+    held_out: bool = False              # whether training leaves them out
 
     def __len__(self):
         return len(self.images)
@@ -268,6 +277,619 @@ def trace(scenes, poses, focal, resolution, samples=2, depth=True):
     return images, torch.cat(depths).view(n, v, resolution, resolution) if depth else None
 
 
+# ---- Pictures from files -----------------------------------------------------------------------
+
+def open_picture(path, turn=True):
+    """The picture in a file as a PIL image of 8 bits; ValueError or OSError if there is none.
+
+    turn: as its EXIF says; pictures with poses are read as they are stored, as COLMAP does.
+    """
+    if not Path(path).is_file():                    # a pipe would be waited for
+        raise FileNotFoundError(f"there is no picture {path}")
+    try:
+        image = Image.open(path)
+        image.load()
+        if turn:
+            image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":       # 16 bits, or floats from 0 to 1: PIL would cut them off
+            values, clear = np.asarray(image), image.info.get("transparency")
+            if not np.isfinite(values).all():
+                raise ValueError("it has values that are not finite")
+            scale = 1 / 257 if image.mode[0] == "I" else 255 if values.max() <= 1 else 1
+            image = Image.fromarray(np.uint8(np.rint(values * scale).clip(0, 255)))
+            if clear is not None:
+                image.putalpha(Image.fromarray(np.uint8(255 * (values != clear))))
+    except Exception as error:                      # PIL raises a dozen kinds
+        raise ValueError(f"{path} is no picture, or is damaged: {error}") from None
+    return image
+
+
+def to_color(background):
+    """A colour in [-1, 1] as PIL's, 0 to 255."""
+    return tuple(round((b + 1) * 127.5) for b in background)
+
+
+def flatten(image, background):
+    """A PIL image as an RGB one, its alpha laid on `background` (in [-1, 1])."""
+    canvas = Image.new("RGBA", image.size, to_color(background))
+    canvas.alpha_composite(image.convert("RGBA"))
+    return canvas.convert("RGB")
+
+
+def to_tensor(image):
+    """An RGB picture as (3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def square(image, side, method, fit, color):
+    """A PIL image fitted into a square: fit "crop" takes its middle, "pad" lays it on a color."""
+    if fit not in ("crop", "pad"):
+        raise ValueError(f"fit must be crop or pad, not {fit!r}")
+    if fit == "crop":
+        return ImageOps.fit(image, (side, side), method)
+    return ImageOps.pad(image, (side, side), method, color)
+
+
+def read_image(path, resolution, background=(1.0, 1.0, 1.0), fit="crop"):
+    """A picture file of any size -> (3, S, S) in [-1, 1].
+
+    Alpha is composited on `background` (RGB in [-1, 1]); the picture is cropped to its middle
+    square, or padded to a square with fit="pad", and resized with anti-aliasing.
+    """
+    image = flatten(open_picture(path), background)
+    return to_tensor(square(image, resolution, Image.Resampling.LANCZOS, fit, to_color(background)))
+
+
+def read_mask(path, resolution, size=None, fit="crop"):
+    """A mask file -> (1, S, S) of 1 (known) and 0, fitted as `read_image` fits its picture; what is
+    padded is known.
+
+    White is known; of a mask with transparency what is opaque, unless that is all black. size: the
+    picture's (width, height), S x S if None. ValueError where the mask has another size, or hides
+    nothing, or all.
+    """
+    image, size = open_picture(path), size or (resolution, resolution)
+    if image.size != size:
+        raise ValueError(f"the mask {path} is {image.size[0]} x {image.size[1]} pixels and its "
+                         f"picture {size[0]} x {size[1]}: make them equal")
+    known, alpha = image.convert("L"), image.convert("RGBA").getchannel("A")
+    if alpha.getextrema()[0] < 255:
+        opaque = np.asarray(known)[np.asarray(alpha) > 127]
+        known = alpha if opaque.any() else alpha.point(lambda _: 0)
+    fitted = square(known, resolution, Image.Resampling.BOX, fit, 255)
+    fitted = torch.from_numpy(np.array(fitted))[None] > 127
+    if fitted.all() or not fitted.any() or known.getextrema()[1] < 128:
+        raise ValueError(f"the mask {path} hides {'nothing' if fitted.all() else 'all'}: white is "
+                         "what is known, black or transparent what is to be filled")
+    return fitted.float()
+
+
+# ---- Data from files: which of them, and what is wrong with them -------------------------------
+
+def visible(folder, *patterns):
+    """The paths like a pattern in a folder, in order; names that begin with a dot are nobody's."""
+    return sorted(path for pattern in patterns for path in folder.glob(pattern) if not any(
+        part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts))
+
+
+def split_of(name):
+    """train, val or test where a file or folder is named so, or `NAME_test`; else an empty text."""
+    named = re.fullmatch(r"(?:.*_)?(train|val|test)(?:(?:_scenes)?\.json|\.lst|\.npz)?", name)
+    return named[1] if named else ""
+
+
+def find(path, loader, split):
+    """The paths by which a loader knows its scenes, of a split ("test" is val where there is none),
+    and what is still to be held back: "train" or "test", or "named" where names told, or None.
+
+    path: such a file, or a folder with such files or folders up to three folders down; what is a
+    split itself by its name is whole. Names tell if some are test or val, and others are not.
+    """
+    path, marks = Path(path), FORMATS[loader][1:]
+    found = [path] if path.is_file() else visible(path, *marks) or visible(
+        path, *("*/" * down + mark for down in (1, 2, 3) for mark in marks))
+    parts, known = defaultdict(list), set(found)
+    for file in found:
+        if file.with_stem(f"{file.stem}_train") in known:           # NeRF's transforms.json of all
+            continue
+        # a scene's own folder may have any name; of CLEVR-567 a folder has many scenes
+        folders = file.relative_to(path).parts[:-1 if loader == load_clevr567 else -2]
+        names = filter(None, map(split_of, (file.name, *folders)))
+        parts[next(names, "train")].append(file)
+    if not parts:
+        raise FileNotFoundError(f"there are no scenes in {path}")
+    if len(parts) == 1:
+        return *parts.values(), None if split_of(path.name) else split
+    order = ("test", "val", "train") if split == "test" else ("train", "val", "test")
+    left = "named" if split == "test" else None
+    return next(parts[name] for name in order if name in parts), left
+
+
+def find_one(path, loader, split):
+    """As `find`, for formats of one file; ValueError where there are more."""
+    (file, *others), left = find(path, loader, split)
+    if others:
+        raise ValueError(f"{path} has {file} and {others[0]}: name one of them")
+    return file, left
+
+
+def hold_back(path, items, split, what="scenes"):
+    """Of a set without splits the last tenth of its scenes for "test", or every eighth of a single
+    scene's pictures, if they are six or more; the others for "train". And: are these held out?"""
+    n = len(items)
+    if split not in ("train", "test") or n < (2 if what == "scenes" else 6):
+        return items, split == "named"
+    held = range(n - max(1, n // 10), n) if what == "scenes" else range(0, n, 8)
+    print(f"{path} has no test split: {len(held)} of {n} {what} are held out", file=sys.stderr)
+    is_test = split == "test"
+    return [item for i, item in enumerate(items) if (i in held) == is_test], is_test
+
+
+def named(path, function, *arguments):
+    """function(*arguments), whose errors about what is in a file get the file's name."""
+    try:
+        return function(*arguments)
+    except OSError:                                             # has it already
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}, "
+        raise ValueError(f"{path} is not as expected: {kind}{error}") from None
+
+
+def parallel(job, items, what):
+    """[job(item) for item in items], by threads; if it takes long, stderr is told how far it is."""
+    done, start = [], time.monotonic()
+    said = start
+    with ThreadPoolExecutor() as pool:
+        for result in pool.map(job, items):
+            done.append(result)
+            if (now := time.monotonic()) > said + 2:
+                said, left = now, (now - start) * (len(items) / len(done) - 1)
+                print(f"{what}: {len(done):,} of {len(items):,}, {left:.0f} s left",
+                      file=sys.stderr)
+    return done
+
+
+def check_counts(**counts):
+    """ValueError where a count is not a whole number of at least 1; None stands for all."""
+    for what, value in counts.items():
+        if value is not None and not (value >= 1 and value % 1 == 0):       # NaN and inf too
+            raise ValueError(f"{what} must be a whole number, at least 1, and not {value}")
+
+
+def read_numbers(path, count):
+    """The first numbers of a text file (count,)."""
+    try:
+        return np.array(path.read_text("utf-8-sig").split()[:count], dtype=float).reshape(count)
+    except ValueError:
+        raise ValueError(f"{path} should hold {count} numbers") from None
+
+
+# ---- Data from files: pictures and cameras -----------------------------------------------------
+
+class Shot(NamedTuple):
+    """A picture and the camera that took it."""
+    picture: Path           # its file, or the name of `image`
+    pose: object            # camera-to-world in OpenCV axes: an array, or the text file of one
+    lens: tuple             # fx, fy, cx, cy, width, height, in pixels of any size
+    mask: Path | None = None                # a file that takes the place of the picture's alpha
+    image: Image.Image | None = None        # the picture itself, where it has no file
+
+
+def pose_of(shot):
+    """A shot's pose (4, 4) as its file has it."""
+    pose = read_numbers(shot.pose, 16) if isinstance(shot.pose, Path) else shot.pose
+    pose = named(shot.picture, np.reshape, np.array(pose, dtype=float).ravel()[:12], (3, 4))
+    return np.concatenate([pose, [[0, 0, 0, 1]]])
+
+
+def half_view(shots):
+    """Half the side of the largest square around the principal point, at depth 1 (K,)."""
+    fx, fy, cx, cy, w, h = np.array([shot.lens for shot in shots], dtype=float).T
+    half = np.minimum(np.minimum(cx, w - cx) / fx, np.minimum(cy, h - cy) / fy)
+    if not half.min() > 0:
+        raise ValueError(f"{shots[half.argmin()].picture}: no crop has the principal point in the "
+                         "middle, for it is outside")
+    return half
+
+
+def check(path, shots, poses, scale, half):
+    """Poses (K, 4, 4) in cube units with which a model can be trained; ValueError with the name of
+    a picture whose camera is none, and a line on stderr where z is not up, or cameras look away.
+
+    half: of the set's square pictures the half side (K,) at depth 1.
+    """
+    R, center = poses[:, :3, :3], poses[:, :3, 3] / scale
+    distance, focal = np.linalg.norm(center, axis=1), 0.5 / half
+    error = np.abs(np.swapaxes(R, 1, 2) @ R - np.eye(3)).max((1, 2))
+    rigid = (error < 1e-3) & (np.linalg.det(R) > 0) & np.isfinite(poses).all((1, 2))
+    for value, good, what in (
+            (error, rigid, "the pose is not a rotation and a position (by {:.2g})"),
+            (distance, abs(np.log10(distance)) <= 3, "the camera is {:.4g} cube units from the "
+             "origin, and not 0.001 to 1000: other units?"),
+            (focal, abs(np.log10(focal)) <= 3, "the focal length is {:.4g} image widths, and not "
+             "0.001 to 1000")):
+        if not good.all():
+            k = good.argmin()
+            raise ValueError(f"{path}: {shots[k].picture}: {what.format(value[k])}")
+    x, y, z = (-center[:, None] @ R)[:, 0].T                    # the origin, from the cameras
+    in_view = np.maximum(abs(x), abs(y)) < half * z
+    upright = (abs(R[:, 2, 0]) < 0.35) & (R[:, 2, 1] < 0.35)    # right is level, down is not up
+    for good, what in ((in_view, "the origin is in view"), (upright, "z is up")):
+        if good.mean() < 0.5:
+            print(f"{path}: in {good.sum()} of {len(good)} pictures {what}: other axes?",
+                  file=sys.stderr)
+    return np.concatenate([np.dstack([R, center]), poses[:, 3:]], 1)
+
+
+@np.errstate(all="ignore")
+def read_views(path, found, shots_of, scale, split, first=None, background=(1.0, 1.0, 1.0),
+               scenes=None, views=None, resolution=64, seed=0, device="cpu"):
+    """`Views` of the first scenes of the list `found`; shots_of(scene) lists the `Shot`s of one.
+
+    scale: world units a cube unit; None: the cube is as wide as the pictures of the scene `first`.
+    split: what is held back, as `find` has it. Some views of many are evenly spread, from a start
+    that differs by scene: NMR's scenes share their cameras, and one view of each would show one
+    side of all. The crop is the square around the principal point that all pictures have room for,
+    so the set has one focal; pixels that are not square become so.
+    """
+    check_counts(scenes=scenes, views=views, resolution=resolution)
+    chosen, held_out = hold_back(path, found, split)
+    chosen = chosen[:scenes]
+    shots = parallel(lambda scene: named(scene, shots_of, scene), chosen, "scenes")
+    if len(found) == 1:
+        shots[0], held_out = hold_back(path, shots[0], split, "pictures")
+    counts = [len(some) for some in shots]
+    if not min(counts):
+        raise FileNotFoundError(f"there are no pictures in {chosen[counts.index(0)]}")
+    V = min(min(counts), views or math.inf)
+    if len(chosen) < (scenes or 0) or V < (views or max(counts)):
+        print(f"{path}: {len(chosen)} scenes of {V} views are all there are", file=sys.stderr)
+    start = [mix(mix(seed) ^ i) if V < count else 0 for i, count in enumerate(counts)]
+    shots = [some[(start[i] + k * counts[i] // V) % counts[i]]
+             for i, some in enumerate(shots) for k in range(V)]
+    half = named(path, half_view, shots)
+    poses = parallel(pose_of, shots, "cameras")
+    if scale is None:
+        some = named(first, shots_of, first)
+        distance = np.linalg.norm([pose_of(shot)[:3, 3] for shot in some], axis=1)
+        scale = float(np.nanmedian(distance * named(first, half_view, some))) or 1.0
+    poses, half = check(path, shots, np.array(poses), scale, half), half.min()
+    poses = torch.from_numpy(poses).float().unflatten(0, (-1, V))                  # (N, V, 4, 4)
+    images = torch.empty(len(shots), 3, resolution, resolution)
+
+    def read(k):
+        shot, (fx, fy, cx, cy, w, h) = shots[k], shots[k].lens
+        image = shot.image or open_picture(shot.picture, turn=False)
+        if abs(image.width * h / (image.height * w) - 1) > 0.02:
+            raise ValueError(f"{shot.picture} is {image.width} x {image.height} pixels, which does "
+                             f"not fit its camera's {w:g} x {h:g}")
+        if shot.mask:
+            mask, image = open_picture(shot.mask, turn=False).convert("L"), image.convert("RGB")
+            if mask.size != image.size:
+                raise ValueError(f"{shot.mask} and its picture {shot.picture} differ in size")
+            image.putalpha(mask)
+        x, y, half_w, half_h = cx / w, cy / h, half * fx / w, half * fy / h
+        box = np.clip([x - half_w, y - half_h, x + half_w, y + half_h], 0, 1) * (image.size * 2)
+        method = Image.Resampling.BOX if shot.image else Image.Resampling.LANCZOS
+        image = flatten(image, background).resize((resolution, resolution), method, tuple(box))
+        images[k] = to_tensor(image)
+    parallel(read, range(len(shots)), "pictures")
+    return Views(images.unflatten(0, (-1, V)).to(device), poses.to(device),
+                 float(0.5 / half), torch.tensor(background, device=device), Path(path).name, scale,
+                 held_out=held_out)
+
+
+# ---- Data from files: the formats --------------------------------------------------------------
+
+SHAPENET_SCALE = 0.5        # how far objects reach from the origin, in the units of the files
+CLEVR_SCALE = 4.2           # for CLEVR, its objects and the shadows that our tracer gives them
+CLEVR_SHAPES = {"sphere": SPHERE, "cube": BOX, "cylinder": CYLINDER}
+CLEVR_NAMES = ["gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow"]
+FLIP = np.array([1, -1, -1, 1])         # OpenGL's axes of a camera to OpenCV's
+
+
+def load_srn(path, split=None, **how):
+    """`Views` of ShapeNet-SRN's cars or chairs [Sitzmann et al. 2019], on white.
+
+    path: a folder of `<id>/{intrinsics.txt, rgb/*.png, pose/*.txt}`, or of folders `*_train`,
+    `*_val`, `*_test` of such. split and how: as `load` has them, here and in the other formats.
+    """
+    def shots_of(rgb):
+        f, cx, cy, h, w = read_numbers(rgb.parent / "intrinsics.txt", 10)[[0, 1, 2, 8, 9]]
+        if cx >= w:                     # an older archive states f, cx and cy for 512 pixels
+            w, h = 2 * cx, 2 * cy
+        pictures, poses = visible(rgb, "*.png"), visible(rgb.parent, "pose/*.txt")
+        if [f.stem for f in pictures] != [f.stem for f in poses]:
+            raise ValueError(f"{len(pictures)} pictures and {len(poses)} poses do not match")
+        return [Shot(*both, (f, f, cx, cy, w, h)) for both in zip(pictures, poses)]
+    found, split = find(path, load_srn, split)
+    return read_views(path, found, shots_of, SHAPENET_SCALE, split, **how)
+
+
+def load_nmr(path, split=None, **how):
+    """`Views` of ShapeNet in NMR's renderings [Kato et al. 2018; Niemeyer et al. 2020], on white.
+
+    path: a class's folder, of `softras_{train,val,test}.lst` and `<id>/{image/*.png, mask/*.png,
+    cameras.npz}`, or the folder of all classes. Scenes that a list names may be missing.
+    """
+    def shots_of(scene):
+        shots, y_to_z_up = [], np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]])
+        with np.load(scene / "cameras.npz", allow_pickle=False) as file:
+            for i, picture in enumerate(visible(scene, "image/*.png")):
+                pose = (file[key] if (key := f"world_mat_inv_{i}") in file else
+                        np.linalg.inv([*file[f"world_mat_{i}"][:3], [0, 0, 0, 1]]))
+                K = file[f"camera_mat_{i}"].astype(float)               # for pixels from -1 to 1
+                shots.append(Shot(picture, y_to_z_up @ pose[:3],
+                                  (K[0, 0], K[1, 1], K[0, 2] + 1, K[1, 2] + 1, 2, 2),
+                                  f if (f := scene / "mask" / picture.name).is_file() else None))
+        return shots
+    files, split = find(path, load_nmr, split)
+    listed = [file.parent / name for file in files if file.suffix == ".lst"
+              for name in file.read_text("utf-8-sig").split()]
+    found = [scene for scene in listed or [file.parent for file in files] if scene.is_dir()]
+    return read_views(path, found, shots_of, SHAPENET_SCALE, split, **how)
+
+
+def load_clevr567(path, split=None, **how):
+    """`Views` of CLEVR-567 [Yu et al. 2022], a flat folder of `*sc%04d*.png` and `*_RT.txt`.
+
+    Its square pictures are squeezed from 4:3; the middle square of what they were is read.
+    """
+    files, split = find(path, load_clevr567, split)
+    found = defaultdict(list)
+    for pose in files:                                          # other pictures are masks
+        if scene := re.search(r"sc\d+", pose.name):
+            found[pose.parent / scene[0]].append(
+                Shot(pose.with_name(pose.name.replace("_RT.txt", ".png")), pose,
+                     (350 / 320, 350 / 240, 0.5, 0.5, 1, 1)))
+    return read_views(path, list(found), found.get, CLEVR_SCALE, split, **how)
+
+
+def load_folder(path, split=None, scale=None, **how):
+    """`Views` of your own pictures, by NeRF's `transforms.json` or `transforms_{train,test}.json`.
+
+    path: that file, its folder, or a folder of such folders, each a scene. Keys: `frames`, of
+    `file_path` and `transform_matrix` (camera-to-world, OpenGL axes), and `camera_angle_x`
+    (radians) or `fl_x` (pixels), maybe `camera_angle_y`, `fl_y`, `cx`, `cy`, `w`, `h`, `mask_path`,
+    for all or by frame; null is not given. scale: world units a cube unit; None makes the cube as
+    wide as the pictures of the first training scene, at the origin. how: `background`, too, in
+    [-1, 1], on which alpha is laid.
+    """
+    @cache
+    def pictures_in(folder):
+        kinds = Image.registered_extensions()
+        return {f.stem: f for f in visible(folder, "*") if f.suffix.lower() in kinds}
+
+    def locate(file, name):
+        """The file of this name, which may lack its extension or have Windows' backslashes."""
+        name = file.parent / name.replace("\\", "/")
+        return name if name.is_file() else pictures_in(name.parent).get(name.name, name)
+
+    def focal(key, axis, size):
+        length, angle = key.get(f"fl_{axis}"), key.get(f"camera_angle_{axis}")
+        if length or angle is None:
+            return length
+        if not 0 < angle < math.pi:
+            raise ValueError(f"camera_angle_{axis} is {angle}, and has to be in radians, below pi")
+        return 0.5 * size / math.tan(angle / 2)
+
+    @cache
+    def shots_of(file):
+        about, shots, notes = json.loads(file.read_text("utf-8-sig")), [], set()
+        for frame in about["frames"]:
+            key = {k: v for part in (about, frame) for k, v in part.items() if v is not None}
+            model = "FISHEYE" if key.get("is_fisheye") else key.get("camera_model", "PINHOLE")
+            if not re.fullmatch("(.*_)?(pinhole|perspective|opencv|radial)", model, re.I):
+                raise ValueError(f"its camera is {model}, and no pinhole: undistort the pictures")
+            if any(key.get(k) for k in ("k1", "k2", "k3", "k4", "p1", "p2")):
+                notes.add("lens distortion is not corrected")
+            picture = locate(file, key["file_path"])
+            if not picture.is_file():
+                continue
+            w, h = (key["w"], key["h"]) if "w" in key and "h" in key else Image.open(picture).size
+            fx, fy = focal(key, "x", w), focal(key, "y", h)
+            if not (fx or fy):
+                raise ValueError("it has neither camera_angle_x nor fl_x")
+            lens = fx or fy, fy or fx, key.get("cx", w / 2), key.get("cy", h / 2), w, h
+            mask = locate(file, key["mask_path"]) if "mask_path" in key else None
+            shots.append(Shot(picture, np.array(key["transform_matrix"], float) * FLIP, lens, mask))
+        if missing := len(about["frames"]) - len(shots):
+            if not shots:
+                raise FileNotFoundError(f"there is no picture {picture}, nor another of {file}")
+            notes.add(f"{missing} of {len(about['frames'])} pictures are missing")
+        for note in sorted(notes):
+            print(f"{file}: {note}", file=sys.stderr)
+        return shots
+    found, left = find(path, load_folder, split)
+    (first, *_), _ = find(path, load_folder, None)
+    return read_views(path, found, shots_of, scale, left, first, **how)
+
+
+def load_npz(path, split=None, resolution=64, **how):
+    """`Views` of an .npz file, or of a folder of `train.npz` and `test.npz`.
+
+    Keys: `images` (N, V, S, S, 3) uint8, `poses` (N, V, 4, 4) in cube units, `focal` in image
+    widths, `background` (3,) uint8. Or as NeRF tutorials' `tiny_nerf_data.npz`, one scene on black:
+    images (V, H, W, 3) from 0 to 1, poses in OpenGL's axes, focal in pixels; the cube is as wide as
+    its pictures. Pictures are made smaller by area; ValueError for a larger resolution.
+    """
+    file, split = find_one(path, load_npz, split)
+
+    def read():
+        with np.load(file, allow_pickle=False) as arrays:
+            images, poses, focal = (arrays[key] for key in ("images", "poses", "focal"))
+            tiny = images.ndim == 4
+            color = np.zeros(3, np.uint8) if tiny else arrays["background"]
+        if tiny:
+            if not (images.dtype.kind == "f" and images.min() >= 0 and images.max() <= 1):
+                raise ValueError("images of a single scene have to be floats from 0 to 1")
+            images, poses = np.uint8(np.rint(images * 255))[None], poses[None] * FLIP
+        for key, array, kind, shape in (
+                ("images", images, np.uint8, (*images.shape[:4], 3)),
+                ("poses", poses, np.floating, (*images.shape[:2], 4, 4)),
+                ("focal", focal, np.number, ()), ("background", color, np.uint8, (3,))):
+            if array.shape != shape or not array.size or not np.issubdtype(array.dtype, kind):
+                raise ValueError(f"{key}: {array.dtype} {array.shape} is not what it has to be")
+        if resolution > min(images.shape[2:4]):
+            raise ValueError(f"its pictures are smaller than {resolution} x {resolution}")
+        return images, poses, float(focal) * (1 if tiny else images.shape[3]), color, tiny
+    images, poses, focal, color, tiny = named(file, read)
+    N, V, H, W, _ = images.shape
+
+    def shots_of(i):
+        return [Shot(f"{file}: images[{i}, {v}]", poses[i, v], (focal, focal, W / 2, H / 2, W, H),
+                     image=Image.fromarray(images[i, v])) for v in range(V)]
+    return read_views(path, range(N), shots_of, None if tiny else 1.0, split, 0,
+                      tuple((color / 127.5 - 1).tolist()), resolution=resolution, **how)
+
+
+def clevr_scenes(path, split=None):
+    """The scenes of a folder, or file, of CLEVR v1.0 or of its generator, as the JSON has them."""
+    file, _ = find_one(path, load_clevr, split)
+    return named(file, lambda: list(json.loads(file.read_text("utf-8-sig"))["scenes"]))
+
+
+def clevr_primitives(objects):
+    """A CLEVR scene for our tracer: kind (P,), to_world (P, 3, 4), color (P, 3), shine (P,)."""
+    rows = []
+    for o in objects:
+        x, y, z = (c / CLEVR_SCALE for c in o["3d_coords"])     # z is half the height: all stand
+        if not (z > 0 and max(abs(x), abs(y), z) < 100 and math.isfinite(o["rotation"])):
+            raise ValueError("an object is below the ground, or far away")
+        c, s = z * math.cos(o["rotation"]), z * math.sin(o["rotation"])
+        rows.append((CLEVR_SHAPES[o["shape"]], [[c, -s, 0, x], [s, c, 0, y], [0, 0, z, z]],
+                     CLEVR_COLORS[CLEVR_NAMES.index(o["color"])],
+                     0.35 * (o["material"] == "metal")))
+    if not rows:
+        raise ValueError("a scene has no objects")
+    return [torch.tensor(column) for column in zip(*rows)]
+
+
+def load_clevr(path, split=None, scenes=None, views=None, resolution=64, seed=0, device="cpu"):
+    """`Views` of CLEVR's layouts [Johnson et al. 2017] by our tracer, from the cameras of `clevr`.
+
+    path: the folder of `scenes/CLEVR_{train,val}_scenes.json`, such a file, or what CLEVR's
+    generator wrote: `CLEVR_scenes.json`. `subsets/clevr_cameras.py` makes an .npz of the pictures.
+    """
+    check_counts(scenes=scenes, views=views, resolution=resolution)
+    file, left = find_one(path, load_clevr, split)
+    if (Path(path) / "images").is_dir():
+        print(f"{path}: pictures are not read, layouts are drawn", file=sys.stderr)
+    layouts, held_out = hold_back(path, clevr_scenes(file), left)
+    if not layouts:
+        raise ValueError(f"there are no scenes in {file}")
+    columns = zip(*named(file, lambda: [clevr_primitives(layout["objects"])
+                                        for layout in layouts[:scenes]]))
+    made = Scenes(*(pad_sequence(column, True, EMPTY).to(device) for column in columns),
+                  0.0, SETS["clevr"].background)
+    poses = random_poses("clevr", len(made.kind), views or 1, -1 - seed if held_out else seed,
+                         device=device)
+    images, depth = trace(made, poses, SETS["clevr"].focal, resolution)
+    background = torch.tensor(made.background, device=device) * 2 - 1
+    return Views(images, poses, SETS["clevr"].focal, background, file.stem, CLEVR_SCALE, depth,
+                 held_out)
+
+
+# ---- Data by its name --------------------------------------------------------------------------
+
+FORMATS = {     # what it is called, and files or folders by which it is known
+    load_folder: ("NeRF's transforms.json", *(f"transforms{split}.json"
+                                              for split in ("", "_train", "_val", "_test"))),
+    load_clevr: ("CLEVR's layouts", "scenes/*_scenes.json", "*_scenes.json"),
+    load_nmr: ("NMR's ShapeNet", "softras_*.lst", "cameras.npz"),
+    load_srn: ("ShapeNet-SRN", "rgb"),
+    load_clevr567: ("CLEVR-567", "*_RT.txt"),
+    load_npz: ("pictures in .npz", "*.npz"),
+}
+
+
+def load(spec, scenes=None, views=None, resolution=64, split=None, seed=0, device="cpu"):
+    """`Views` of a built-in set (1,000 scenes of one view unless told), of a set in subsets/, each
+    by its name, or of a path, whose format it recognises and prints; None = all scenes, all views.
+
+    split: None for all there is, of a set with splits its training part; "train" or "test" (or
+    else `val`). A path that is a split itself is whole. Built-in sets have other scenes for "test".
+    Of a set without splits the last tenth of the scenes is "test", at least one, or of a single
+    scene every eighth view where it has six or more; stderr says so.
+    """
+    if split not in (None, "train", "test"):
+        raise ValueError(f"split must be train or test, not {split!r}")
+    if spec in SETS:
+        views = synthetic(spec, 1000 if scenes is None else scenes, 1 if views is None else views,
+                          resolution, -1 - seed if split == "test" else seed, device)
+        return replace(views, held_out=split == "test")
+    subsets = Path(__file__).resolve().parent / "subsets"
+    is_subset = Path(spec).name == spec and (subsets / spec).is_dir()
+    path = subsets / spec if is_subset else Path(spec)
+    if not path.exists():
+        names = ", ".join(file.parent.name for file in subsets.glob("*/train.npz"))
+        raise ValueError(f"{spec!r} is neither a built-in set ({', '.join(SETS)}) nor one in "
+                         f"subsets/ ({names}) nor a path")
+    for depth in range(4):                                  # what is quick to find comes first
+        for loader, (name, *marks) in FORMATS.items():
+            if any(path.match(Path(mark).name) if path.is_file() else
+                   next(path.glob("*/" * depth + mark), None) for mark in marks):
+                print(f"{path}: taken for {name}", file=sys.stderr)
+                return loader(path, split, scenes=scenes, views=views, resolution=resolution,
+                              seed=seed, device=device)
+    raise ValueError(f"{path} has no known format; looked for " + ", ".join(
+        f"{mark} ({name})" for name, mark, *_ in FORMATS.values()))
+
+
+def test_views(config, scenes, views, device):
+    """`Views` of scenes of `config.data` that training leaves out, or None where there are none, or
+    a single view a scene, with which new views cannot be judged."""
+    if config.data in SETS:
+        return synthetic(config.data, scenes, max(2, views), config.resolution, -1, device,
+                         depth=False)
+    held_out = load(config.data, scenes, views, config.resolution, "test", config.seed, device)
+    return held_out if held_out.held_out and held_out.images.shape[1] > 1 else None
+
+
+AHEAD = {"cuda": 64}                # steps' scenes traced at once: tracing waits for the GPU
+
+
+def training_pictures(config, device, rank=0, world=1):
+    """What one of `world` processes trains on: draw(step) -> images (B, 3, S, S), poses (B, 4, 4);
+    and the set's cameras, a dict of focal, background, radius and elevation (low, high).
+
+    With `config.scenes` = 0 a built-in set has new scenes for ever, but the same by the same seed.
+    The pictures of a fixed set are on `device`, and come in random order by torch's generator.
+    """
+    B, S, built_in = config.batch, config.resolution, SETS.get(config.data)
+    fresh, ahead = built_in and config.scenes == 0, AHEAD.get(torch.device(device).type, 1)
+    views = load(config.data, 1 if fresh else config.scenes or None, config.views, S, "train",
+                 config.seed, device if built_in else "cpu")
+    images, poses = views.images.flatten(0, 1), views.poses.flatten(0, 1).to(device)
+    if len(images) == 1 and not fresh:
+        print(f"{config.data}: trains on one picture; --views reads more", file=sys.stderr)
+    if views.depth is None:         # from files, of 8 bits: kept as such they take a quarter
+        images = torch.cat([((some + 1) * 127.5).round().byte() for some in images.split(1024)])
+    images = images.to(device)
+
+    @lru_cache(maxsize=1)
+    def trace_ahead(i):
+        """The scenes of `ahead` steps, from step i * ahead on."""
+        return synthetic(config.data, ahead * B, 1, S, config.seed, device,
+                         start=(i * world + rank) * ahead * B, depth=False)
+
+    def draw(step):
+        if fresh:
+            i = step % ahead * B
+            new = trace_ahead(step // ahead)[i:i + B]
+            return new.images[:, 0], new.poses[:, 0]
+        chosen = torch.randint(len(images), (B,)).to(device)
+        some = images[chosen]
+        return some.float() / 127.5 - 1 if views.depth is None else some, poses[chosen]
+
+    radius = poses[:, :3, 3].norm(dim=-1)
+    angles = torch.rad2deg(torch.asin((poses[:, 2, 3] / radius).clamp(-1, 1)))
+    elevation = built_in.elevation if built_in else (angles.min().item(), angles.max().item())
+    return draw, dict(focal=views.focal, background=tuple(views.background.tolist()),
+                      radius=radius.mean().item(), elevation=elevation)
+
+
 # ---- The built-in sets: what is in a scene -----------------------------------------------------
 
 MASK = 0xFFFFFFFF
@@ -367,14 +989,13 @@ def build_clevr1(parts, draw, ground, **kinds):
     clevr_object(parts, draw, 0, 0, torch.where(draw() < 0.5, 0.35, 0.44), ground, **kinds)
 
 
-def build_clevr(parts, draw, ground, spread=1.0):
-    """One to four objects, each at the first of 24 random places that is clear of the others; the
-    places are scaled by `spread`, towards the middle."""
+def build_clevr(parts, draw, ground):
+    """One to four objects, each at the first of 24 random places that is clear of the others."""
     number, placed = 1 + draw.pick(4), []
     for i in range(4):
         r = torch.where(draw() < 0.5, 0.17, 0.28)
-        places = spread * torch.stack([parts.columns(draw(-0.6, 0.5), draw(-0.6, 0.5))
-                                       for _ in range(24)])                       # (24, N, 2)
+        places = torch.stack([parts.columns(draw(-0.6, 0.5), draw(-0.6, 0.5))
+                              for _ in range(24)])                                # (24, N, 2)
         clear = (i < number).expand(24, -1)                                       # (24, N)
         for place, radius, there in placed:
             clear = clear & ~(there & ((places - place).norm(dim=-1) < r + radius + 0.04))
@@ -546,11 +1167,7 @@ SETS = {
     "chairs": BuiltIn(build_chairs, -0.70, (0.43, 0.17, 0.18), (15, 45), 3.1),
     "planes": BuiltIn(build_planes, -0.35, (0.43, 0.17, 0.18), (15, 50), 2.9),
 }
-SETS |= {    # steps on the way: clevr1's hardest shape alone, and clevr nearer to the middle
-    "cubes": replace(SETS["clevr1"], build=partial(build_clevr1, kinds=(BOX,))),
-    "clevr_35": replace(SETS["clevr"], build=partial(build_clevr, spread=0.35)),
-    "clevr_65": replace(SETS["clevr"], build=partial(build_clevr, spread=0.65)),
-}
+SETS["cubes"] = replace(SETS["clevr1"], build=partial(build_clevr1, kinds=(BOX,)))
 
 
 def built_in(name):
@@ -584,10 +1201,7 @@ def synthetic(name, scenes, views=1, resolution=64, seed=0, device="cpu", start=
     samples x samples rays a pixel. Without `depth`, which takes time, `Views.depth` is None.
     """
     about = built_in(name)
-    counts = dict(scenes=scenes, views=views, resolution=resolution, samples=samples)
-    for what, value in counts.items():
-        if not (value >= 1 and value % 1 == 0):                         # NaN and inf too
-            raise ValueError(f"{what} must be a whole number, at least 1, and not {value}")
+    check_counts(scenes=scenes, views=views, resolution=resolution, samples=samples)
     if torch.device(device).type == "mps":                              # it lacks scatter_reduce
         return synthetic(name, scenes, views, resolution, seed, "cpu", start, samples,
                          depth).to(device)
@@ -596,479 +1210,3 @@ def synthetic(name, scenes, views=1, resolution=64, seed=0, device="cpu", start=
                            resolution, samples, depth)
     background = torch.tensor(about.background, device=device) * 2 - 1
     return Views(images, poses, about.focal, background, name, depth=depths)
-
-
-# ---- Pictures from files -----------------------------------------------------------------------
-
-def open_picture(path):
-    """The picture in a file as a PIL image, turned as its EXIF says; ValueError if it is none."""
-    if not Path(path).is_file():                    # a pipe would be waited for
-        raise FileNotFoundError(f"there is no picture {path}")
-    try:
-        image = Image.open(path)
-        image.load()
-        image = ImageOps.exif_transpose(image)
-    except Exception as error:                      # PIL raises a dozen kinds
-        raise ValueError(f"{path} is no picture, or is damaged: {error}") from None
-    if image.mode.startswith("I"):                  # 16 bits, which PIL would cut off at 255
-        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-    return image
-
-
-def flatten(path, background=(1.0, 1.0, 1.0), mask=None):
-    """A picture file as RGB; its alpha, or a mask's file, lays it on `background` (in [-1, 1])."""
-    image = open_picture(path).convert("RGBA")
-    if mask is not None:
-        alpha = open_picture(mask).convert("L")
-        if alpha.size != image.size:
-            raise ValueError(f"{mask} and its picture {path} differ in size")
-        image.putalpha(alpha)
-    canvas = Image.new("RGBA", image.size, tuple(round((b + 1) * 127.5) for b in background))
-    canvas.alpha_composite(image)
-    return canvas.convert("RGB")
-
-
-def to_tensor(image):
-    """An RGB picture as (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def square(image, side, method, fit, color):
-    """A PIL image fitted into a square: fit "crop" takes its middle, "pad" lays it on a color."""
-    if fit not in ("crop", "pad"):
-        raise ValueError(f"fit must be crop or pad, not {fit!r}")
-    if fit == "crop":
-        return ImageOps.fit(image, (side, side), method)
-    return ImageOps.pad(image, (side, side), method, color)
-
-
-def read_image(path, resolution, background=(1.0, 1.0, 1.0), fit="crop"):
-    """A picture file of any size -> (3, S, S) in [-1, 1].
-
-    Alpha is composited on `background` (RGB in [-1, 1]); the picture is cropped to its middle
-    square, or padded to a square with fit="pad", and resized with anti-aliasing.
-    """
-    image, color = flatten(path, background), tuple(round((b + 1) * 127.5) for b in background)
-    return to_tensor(square(image, resolution, Image.Resampling.LANCZOS, fit, color))
-
-
-def read_mask(path, resolution, size=None, fit="crop"):
-    """A mask file, white = known, -> (1, S, S) of 0 and 1, fitted as `read_image` fits its picture;
-    what is padded is known.
-
-    size: the picture's (width, height), S x S if None; ValueError where the mask's is another.
-    """
-    image, size = open_picture(path).convert("L"), size or (resolution, resolution)
-    if image.size != size:
-        raise ValueError(f"the mask {path} is {image.size[0]} x {image.size[1]} pixels and its "
-                         f"picture {size[0]} x {size[1]}: make them equal")
-    image = square(image, resolution, Image.Resampling.BOX, fit, color=255)
-    return (torch.from_numpy(np.array(image))[None] > 127).float()
-
-
-# ---- Real data ---------------------------------------------------------------------------------
-
-SHAPENET_SCALE = 0.5        # how far objects reach from the origin, in the units of the files
-CLEVR_SCALE = 4.2           # for CLEVR, its objects and the shadows that our tracer gives them
-CLEVR_CAMERA = 7.48113, -6.50764, 5.34367           # the generator's, before its jitter
-CLEVR_LENS = 525, 525, 240, 160, 480, 320
-CLEVR_SHAPES = {"sphere": SPHERE, "cube": BOX, "cylinder": CYLINDER}
-CLEVR_NAMES = ["gray", "red", "blue", "green", "brown", "purple", "cyan", "yellow"]
-
-
-class Shot(NamedTuple):
-    """A picture's file and the camera that took it."""
-    picture: Path
-    pose: object            # camera-to-world in OpenCV axes: an array, or the text file of one
-    lens: tuple             # fx, fy, cx, cy, width, height, in pixels of any size
-    mask: Path | None = None
-
-
-def splits(seed):
-    """A dataset's splits in the order that a seed prefers; seeds below 0 mean held-out ones."""
-    return ("train", "val", "test") if seed >= 0 else ("test", "val", "train")
-
-
-def split_folder(path, seed):
-    """The folder `*train`, `*val` or `*test` in `path`, by the seed; without any, `path` itself."""
-    for split in splits(seed):
-        found = sorted(f for f in path.glob(f"*{split}") if f.is_dir())
-        if len(found) > 1:
-            raise ValueError(f"{path} has {found[0].name} and {found[1].name}: name one of them")
-        if found:
-            return split_folder(found[0], seed)                 # SRN's chairs are nested
-    return path
-
-
-def scene_folders(root, mark, scenes):
-    """`root`, or the first folders in it, that hold a file like `mark`; scenes None = all."""
-    folders = [root] if next(root.glob(mark), None) else sorted(root.glob("*"))
-    return list(islice((f for f in folders if f.is_dir() and next(f.glob(mark), None)), scenes))
-
-
-def read_numbers(path, count):
-    """The first numbers of a text file (count,)."""
-    try:
-        return np.array(path.read_text().split()[:count], dtype=float).reshape(count)
-    except ValueError:
-        raise ValueError(f"{path} should hold {count} numbers") from None
-
-
-def named(path, function, *arguments):
-    """function(*arguments), whose errors about what is in a file get the file's name."""
-    try:
-        return function(*arguments)
-    except OSError:                                             # has it already
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} is not as expected: {type(error).__name__}, {error}") from None
-
-
-def rigid(shot):
-    """The pose (4, 4) of a shot; ValueError if it is not a rotation and a position."""
-    pose = read_numbers(shot.pose, 16) if isinstance(shot.pose, Path) else shot.pose
-    pose = np.concatenate([np.reshape(pose, (-1, 4))[:3], [[0, 0, 0, 1]]]).astype(float)
-    R = pose[:3, :3]
-    if not (np.abs(R.T @ R - np.eye(3)).max() < 1e-3 and np.linalg.det(R) > 0
-            and np.isfinite(pose).all()):
-        raise ValueError(f"the pose of {shot.picture} is not a rotation and a position")
-    return pose
-
-
-def half_view(shots):
-    """Half the side of the largest square around the principal point, at depth 1 (n,)."""
-    fx, fy, cx, cy, w, h = np.array([shot.lens for shot in shots], dtype=float).T
-    half = np.minimum(np.minimum(cx, w - cx) / fx, np.minimum(cy, h - cy) / fy)
-    if not half.min() > 0:
-        raise ValueError(f"{shots[half.argmin()].picture}: no crop has the principal point in the "
-                         "middle, for it is outside")
-    return half
-
-
-def progress(items, total, what):
-    """The same items; if they take long, stderr is told how many have come."""
-    said = time.monotonic()
-    for count, item in enumerate(items, 1):
-        if time.monotonic() > said + 2:
-            said = time.monotonic()
-            print(f"{what}: {count:,} of {total:,}", file=sys.stderr)
-        yield item
-
-
-def parallel(job, items, what):
-    """[job(item) for item in items], by threads."""
-    with ThreadPoolExecutor() as pool:
-        return list(progress(pool.map(job, items), len(items), what))
-
-
-def read_views(path, found, shots_of, scale, asked, background=(1.0, 1.0, 1.0)):
-    """`Views` of the first scenes of the list `found`; shots_of(scene) lists the `Shot`s of one.
-
-    asked: scenes, views, resolution, seed, device. Some views of many are evenly spread, from a
-    start that differs by scene: NMR's scenes share their cameras, and one view of each would show
-    one side of all. The crop is the square around the principal point that all pictures have room
-    for, so the set has one focal; pixels that are not square become so.
-    """
-    scenes, views, S, seed, device = asked
-    found = found[:scenes]
-    if not found:
-        raise FileNotFoundError(f"there are no scenes in {path}")
-    V = min(len(named(found[0], shots_of, found[0])), views or math.inf)
-    if not V:
-        raise FileNotFoundError(f"there are no pictures in {found[0]}")
-    if len(found) < (scenes or 0) or V < (views or 0):
-        print(f"{path}: {len(found)} scenes of {V} views are all there are", file=sys.stderr)
-
-    def choose(i):
-        shots = named(found[i], shots_of, found[i])
-        if len(shots) < V:
-            raise ValueError(f"{found[i]} has {len(shots)} views, and other scenes {V}")
-        start = mix(mix(seed) ^ i) if V < len(shots) else 0
-        return [shots[(start + k * len(shots) // V) % len(shots)] for k in range(V)]
-    shots = list(chain(*parallel(choose, range(len(found)), "cameras")))
-    half = named(path, half_view, shots).min()
-    images, poses = torch.empty(len(shots), 3, S, S), torch.empty(len(shots), 4, 4)
-
-    def read(k):
-        poses[k] = torch.from_numpy(named(shots[k].picture, rigid, shots[k]))
-        fx, fy, cx, cy, w, h = shots[k].lens
-        image = flatten(shots[k].picture, background, shots[k].mask)
-        if abs(image.width * h / (image.height * w) - 1) > 0.02:
-            raise ValueError(f"{shots[k].picture} is {image.width} x {image.height} pixels, which "
-                             f"does not fit its camera's {w:g} x {h:g}")
-        x, y, half_w, half_h = cx / w, cy / h, half * fx / w, half * fy / h
-        box = np.clip([x - half_w, y - half_h, x + half_w, y + half_h], 0, 1) * (image.size * 2)
-        images[k] = to_tensor(image.resize((S, S), Image.Resampling.LANCZOS, tuple(box)))
-    parallel(read, range(len(shots)), "pictures")
-    poses[:, :3, 3] /= scale
-    if not (poses.isfinite().all() and 1e-6 < half < 1e6):
-        raise ValueError(f"{path}: cameras at the origin, or much too far or too narrow")
-    return Views(images.view(-1, V, 3, S, S).to(device), poses.view(-1, V, 4, 4).to(device),
-                 float(0.5 / half), torch.tensor(background, device=device), path.name, scale)
-
-
-def load_srn(path, scenes=None, views=None, resolution=64, seed=0, device="cpu"):
-    """`Views` of ShapeNet-SRN's cars or chairs [Sitzmann et al. 2019], on white.
-
-    path: a folder of `<id>/{intrinsics.txt, rgb/*.png, pose/*.txt}`, or of folders `*_train`,
-    `*_val`, `*_test` of such: `splits` says which a seed reads, here and in the other formats.
-    """
-    def shots_of(scene):
-        f, cx, cy, h, w = read_numbers(scene / "intrinsics.txt", 10)[[0, 1, 2, 8, 9]]
-        if cx >= w:                     # an older archive states f, cx and cy for 512 pixels
-            w, h = 2 * cx, 2 * cy
-        pictures, poses = sorted(scene.glob("rgb/*.png")), sorted(scene.glob("pose/*.txt"))
-        if [f.stem for f in pictures] != [f.stem for f in poses]:
-            raise ValueError(f"{len(pictures)} pictures and {len(poses)} poses do not match")
-        return [Shot(*both, (f, f, cx, cy, w, h)) for both in zip(pictures, poses)]
-    root = split_folder(Path(path), seed)
-    return read_views(root, scene_folders(root, "rgb", scenes), shots_of, SHAPENET_SCALE,
-                      (scenes, views, resolution, seed, device))
-
-
-def load_nmr(path, scenes=None, views=None, resolution=64, seed=0, device="cpu"):
-    """`Views` of ShapeNet in NMR's renderings [Kato et al. 2018; Niemeyer et al. 2020], on white.
-
-    path: a class's folder, of `softras_{train,val,test}.lst` and `<id>/{image/*.png, mask/*.png,
-    cameras.npz}`, or the folder of all classes. Scenes that a list names may be missing.
-    """
-    def shots_of(scene):
-        shots, y_to_z_up = [], np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]])
-        with np.load(scene / "cameras.npz") as file:
-            for i, picture in enumerate(sorted(scene.glob("image/*.png"))):
-                pose = (file[key] if (key := f"world_mat_inv_{i}") in file else
-                        np.linalg.inv([*file[f"world_mat_{i}"][:3], [0, 0, 0, 1]]))
-                K = file[f"camera_mat_{i}"].astype(float)               # for pixels from -1 to 1
-                shots.append(Shot(picture, y_to_z_up @ pose[:3],
-                                  (K[0, 0], K[1, 1], K[0, 2] + 1, K[1, 2] + 1, 2, 2),
-                                  f if (f := scene / "mask" / picture.name).is_file() else None))
-        return shots
-    root, found = Path(path), []
-    for split in splits(seed):
-        lists = sorted(root.glob(f"*/softras_{split}.lst")) or [root / f"softras_{split}.lst"]
-        for file in filter(Path.is_file, lists):
-            found += [f for name in file.read_text().split() if (f := file.parent / name).is_dir()]
-        if found:
-            break
-    return read_views(root, found or scene_folders(root, "cameras.npz", scenes), shots_of,
-                      SHAPENET_SCALE, (scenes, views, resolution, seed, device))
-
-
-def load_clevr567(path, scenes=None, views=None, resolution=64, seed=0, device="cpu"):
-    """`Views` of CLEVR-567 [Yu et al. 2022], a flat folder of `*sc%04d*.png` and `*_RT.txt`.
-
-    Its square pictures are squeezed from 4:3; the middle square of what they were is read.
-    """
-    root, found = split_folder(Path(path), seed), defaultdict(list)
-    for pose in sorted(root.glob("*sc[0-9]*_RT.txt")):          # other pictures are masks
-        picture = pose.with_name(pose.name.replace("_RT.txt", ".png"))
-        found[re.search(r"sc\d+", pose.name)[0]].append(
-            Shot(picture, pose, (350 / 320, 350 / 240, 0.5, 0.5, 1, 1)))
-    return read_views(root, list(found), found.get, CLEVR_SCALE,
-                      (scenes, views, resolution, seed, device))
-
-
-def load_folder(path, scenes=None, views=None, resolution=64, seed=0, device="cpu", scale=None,
-                background=(1.0, 1.0, 1.0)):
-    """`Views` of your own pictures, by NeRF's `transforms.json` or `transforms_{train,test}.json`.
-
-    path: that file, its folder, or a folder of such folders, each a scene. Keys: `frames`, of
-    `file_path` and `transform_matrix` (camera-to-world, OpenGL axes), and `camera_angle_x`
-    (radians) or `fl_x` (pixels), maybe `fl_y`, `cx`, `cy`, `w`, `h`, for all or by frame.
-    scale: world units a cube unit; None makes the cube as wide as the pictures of the first
-    training scene, at the origin. Alpha is composited on `background`, in [-1, 1].
-    """
-    def files(seed):
-        root = Path(path)
-        if root.is_file():
-            return [root]
-        if not next(root.glob("transforms*.json"), None):
-            root = split_folder(root, seed)
-        return [next(f for s in (*splits(seed), "") for f in folder.glob(f"transforms*{s}.json"))
-                for folder in scene_folders(root, "transforms*.json", scenes)]
-
-    @cache
-    def shots_of(file):
-        about, shots = json.loads(file.read_text()), []
-        for frame in about["frames"]:
-            key = {**about, **frame}
-            name = file.parent / key["file_path"]
-            names = [name.with_name(name.name + end) for end in ("", ".png", ".jpg", ".jpeg")]
-            picture = next((f for f in names if f.is_file()), name)
-            if "w" not in key:
-                about["w"], about["h"] = key["w"], key["h"] = open_picture(picture).size
-            w, h = key["w"], key["h"]
-            fx = key.get("fl_x") or 0.5 * w / math.tan(key["camera_angle_x"] / 2)
-            lens = fx, key.get("fl_y") or fx, key.get("cx", w / 2), key.get("cy", h / 2), w, h
-            pose = np.array(key["transform_matrix"], dtype=float) * [1, -1, -1, 1]
-            shots.append(Shot(picture, pose, lens))
-        if any(about.get(key) for key in ("k1", "k2", "k3", "p1", "p2")):
-            print(f"{file}: lens distortion is not corrected", file=sys.stderr)
-        return shots
-    found = files(seed)
-    if scale is None and found and (shots := named(found[0], shots_of, files(0)[0])):
-        distance = [np.linalg.norm(rigid(shot)[:3, 3]) for shot in shots]
-        scale = float(np.median(distance * half_view(shots)))
-    return read_views(Path(path), found, shots_of, scale,
-                      (scenes, views, resolution, seed, device), background)
-
-
-def json_items(path, key):
-    """The items of the list `key` in a JSON file, one by one: CLEVR's has 70,000 scenes."""
-    text, inside = "", False
-    with open(path) as file:
-        while more := file.read(2 ** 16):
-            text += more
-            if not inside and (start := re.search(rf'"{key}"\s*:\s*\[', text)):
-                inside, text = True, text[start.end():]
-            while inside:
-                text = text.lstrip(" \t\r\n,")
-                if text.startswith("]"):
-                    return
-                try:
-                    item, end = json.JSONDecoder().raw_decode(text)
-                except json.JSONDecodeError:        # the rest of it is still to come
-                    break
-                except RecursionError:
-                    raise ValueError(f"{path} is nested too deeply") from None
-                text = text[end:]
-                yield item
-    raise ValueError(f"{path} has no list {key!r}, or is cut short")
-
-
-def looking_at_origin(center):
-    """The pose (4, 4) of a camera at `center` (3,) that looks at the origin with z up."""
-    into = -center / np.linalg.norm(center)
-    right = np.array([into[1], -into[0], 0]) / math.hypot(into[0], into[1])
-    return np.stack([*np.stack([right, np.cross(into, right), into, center], 1), [0, 0, 0, 1]])
-
-
-def solve_clevr_camera(objects):
-    """The pose (4, 4) of the camera of a CLEVR scene, None if its objects do not fit together, and
-    the root mean square error in pixels.
-
-    The camera looks at the origin, so its centre is all there is to find: by least squares on the
-    objects' `3d_coords` and `pixel_coords`, whose x and y are rounded and whose depth is exact,
-    with Gauss-Newton from the generator's mean. One bad object of three or more is left out.
-    """
-    points, seen = (np.array([o[key] for o in objects], dtype=float).reshape(-1, 3)
-                    for key in ("3d_coords", "pixel_coords"))                     # (P, 3)
-    fx, fy, cx, cy, _, _ = CLEVR_LENS
-
-    def residual(center, keep):
-        x, y, z = ((points[keep] - center) @ looking_at_origin(center)[:3, :3]).T
-        error = np.stack([fx * x / z + cx, fy * y / z + cy, z], 1) - seen[keep]
-        return (error / (0.5, 0.5, 1e-5)).ravel()
-
-    def fit(keep):
-        center = np.array(CLEVR_CAMERA)
-        for _ in range(5):
-            slope = [(residual(center + e, keep) - residual(center - e, keep)) / 2e-4
-                     for e in 1e-4 * np.eye(3)]
-            center -= np.linalg.lstsq(np.transpose(slope), residual(center, keep), rcond=None)[0]
-        error = residual(center, keep).reshape(-1, 3)
-        return np.abs(error).max(), tuple(center), 0.5 * np.sqrt((error[:, :2] ** 2).mean())
-
-    every = np.arange(len(points))
-    worst, center, error = fit(every)
-    if worst > 3 and len(points) > 2:
-        worst, center, error = min(fit(np.delete(every, i)) for i in every)
-    fits = worst <= 3 and len(points) > 1           # rounding alone is 1
-    return looking_at_origin(np.array(center)) if fits else None, error
-
-
-def clevr_primitives(objects):
-    """A CLEVR scene for our tracer: kind (P,), to_world (P, 3, 4), color (P, 3), shine (P,)."""
-    rows = []
-    for o in objects:
-        x, y, z = (c / CLEVR_SCALE for c in o["3d_coords"])     # z is half the height: all stand
-        if not (z > 0 and max(abs(x), abs(y), z) < 100 and math.isfinite(o["rotation"])):
-            raise ValueError("an object is below the ground, or far away")
-        c, s = z * math.cos(o["rotation"]), z * math.sin(o["rotation"])
-        rows.append((CLEVR_SHAPES[o["shape"]], [[c, -s, 0, x], [s, c, 0, y], [0, 0, z, z]],
-                     CLEVR_COLORS[CLEVR_NAMES.index(o["color"])],
-                     0.35 * (o["material"] == "metal")))
-    if not rows:
-        raise ValueError("a scene has no objects")
-    return [torch.tensor(column) for column in zip(*rows)]
-
-
-def load_clevr(path, scenes=None, views=None, resolution=64, seed=0, device="cpu", render=False):
-    """`Views` of CLEVR v1.0 [Johnson et al. 2017]: its pictures, one a scene, by solved cameras.
-
-    path: the folder of `scenes/` and `images/`. With `render`, without `images/`, or if path is a
-    file of `scenes/`: CLEVR's layouts by our tracer, from cameras of the built-in set `clevr`.
-    Scenes that no camera fits are skipped and counted; those without their picture are left out.
-    """
-    path, about = Path(path), SETS["clevr"]
-    files = [f for split in splits(seed)
-             if (f := path / "scenes" / f"CLEVR_{split}_scenes.json").is_file()]
-    if not (path.is_file() or files):
-        raise FileNotFoundError(f"there is no scenes/CLEVR_train_scenes.json in {path}")
-    file = path if path.is_file() else files[0]
-    folder = path / "images" / file.stem[len("CLEVR_"):-len("_scenes")]
-    there = {f.name for f in folder.glob("*.png")}
-    render = render or not there
-
-    def convert(scene):
-        """A scene as primitives, or as its picture, the camera's pose and the error."""
-        if render:
-            return clevr_primitives(scene["objects"])
-        return folder / scene["image_filename"], *solve_clevr_camera(scene["objects"])
-    wanted = (scene for scene in json_items(file, "scenes")
-              if render or named(file, lambda scene: scene["image_filename"] in there, scene))
-    converted = (named(file, convert, scene) for scene in wanted)
-    if render:
-        some = list(islice(converted, scenes))
-        if not some:
-            raise ValueError(f"there are no scenes in {file}")
-        made = Scenes(*(pad_sequence(column, True, EMPTY).to(device) for column in zip(*some)),
-                      0.0, about.background)
-        poses = random_poses("clevr", len(some), views or 1, seed, device=device)
-        images, depth = trace(made, poses, about.focal, resolution)
-        background = torch.tensor(about.background, device=device) * 2 - 1
-        return Views(images, poses, about.focal, background, file.stem, CLEVR_SCALE, depth)
-    fits, tried = [], 0
-    for tried, one in enumerate(progress(converted, len(there), "cameras"), 1):
-        fits += [one] * (one[1] is not None)
-        if len(fits) == scenes:
-            break
-    error = np.median([one[2] for one in fits] or [np.nan])
-    print(f"{path}: {len(fits)} cameras, with a median error of {error:.2f} pixels; skipped "
-          f"{tried - len(fits)} scenes that no camera fits", file=sys.stderr)
-    shots = [[Shot(picture, pose, CLEVR_LENS)] for picture, pose, _ in fits]
-    found = read_views(path, shots, list, CLEVR_SCALE, (scenes, views, resolution, seed, device))
-    found.background = found.images[:64].transpose(0, 2).flatten(1).median(1).values  # the ground
-    return found
-
-
-FORMATS = {     # by what is in a folder, or in those below it
-    "transforms*.json": ("NeRF's transforms.json", load_folder),
-    "scenes/*_scenes.json": ("CLEVR", load_clevr),
-    "cameras.npz": ("NMR's ShapeNet", load_nmr),
-    "rgb": ("ShapeNet-SRN", load_srn),
-    "*_RT.txt": ("CLEVR-567", load_clevr567),
-}
-
-
-def load(spec, scenes=None, views=None, resolution=64, seed=0, device="cpu"):
-    """`Views` of a built-in set by its name (1,000 scenes of one view unless told), or of a path,
-    whose format it recognises and prints; None = all scenes, all views.
-
-    Negative seeds are for held-out scenes: of a dataset with splits they read `test`, or else
-    `val`, and others `train`. A folder with a single split is that split.
-    """
-    if spec in SETS:
-        return synthetic(spec, 1000 if scenes is None else scenes, 1 if views is None else views,
-                         resolution, seed, device)
-    path = Path(spec)
-    if not path.exists():
-        raise ValueError(f"{spec!r} is neither a built-in set ({', '.join(SETS)}) nor a path")
-    for depth in range(4):                                  # what is quick to find comes first
-        for mark, (name, loader) in FORMATS.items():
-            if (path.match(Path(mark).name) if path.is_file()
-                    else next(path.glob("*/" * depth + mark), None)):
-                print(f"{path}: taken for {name}", file=sys.stderr)
-                return loader(path, scenes, views, resolution, seed, device)
-    raise ValueError(f"{path} has no known format; looked for " + ", ".join(
-        f"{mark} ({name})" for mark, (name, _) in FORMATS.items()))
