@@ -20,9 +20,8 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import CLEVR_SCALE, orbit  # noqa: E402
-
-from render_clevr1 import save_npz  # noqa: E402
+from data import CLEVR_SCALE
+from render_clevr1 import save_npz
 
 LENS = 35 / 32                              # focal length in picture widths, at any size
 MEAN_CENTER = 7.48113, -6.50764, 5.34367    # where the generator has its camera, before its jitter
@@ -93,7 +92,7 @@ def find_files(folder, split=None):
 
 
 def read_scenes(file):
-    """The scenes (a list of dicts) of a CLEVR file; v1.0 has 70,000, so without what is not used."""
+    """The scenes (a list of dicts) of a CLEVR file, without what is not used: v1.0 has 70,000."""
     def shorter(item):
         return {key: item[key] for key in item if key not in ("relationships", "directions")}
     try:
@@ -165,15 +164,15 @@ def convert(file, pictures, count=None, side=64):
             said = now
             done = max((i + 1) / len(scenes), len(images) / (count or math.inf))
             print(f"scene {i + 1:,} of {len(scenes):,}: {len(images):,} cameras, "
-                  f"{(now - start) * (1 / done - 1) / 60:.1f} min left", file=sys.stderr, flush=True)
+                  f"{(now - start) * (1 / done - 1) / 60:.1f} min left", file=sys.stderr)
     about = f"skipped {unfit} scenes that no camera fits, and {unseen} without a picture"
     if not images:
         raise ValueError(f"{file} has no scene to take: {about}")
     ground = np.median(np.stack(images[:64]).reshape(-1, 3), 0)
     arrays = {"images": np.stack(images)[:, None], "poses": np.float32(poses)[:, None],
               "focal": np.float32(LENS * size[0] / size[1]), "background": np.uint8(ground)}
-    return arrays, (f"{len(images):,} pictures, whose cameras fit to {np.median(errors):.2f} pixels "
-                    f"in the median; {about}")
+    return arrays, (f"{len(images):,} pictures, whose cameras fit to {np.median(errors):.2f} "
+                    f"pixels in the median; {about}")
 
 
 def main(argv=None):

@@ -63,7 +63,7 @@ def read_poses(path):
     name; then its points in the picture, three numbers each, of which there may be none.
     """
     names, poses, rows = [], [], read_rows(path)
-    for row in rows[1::2]:                      # a file that lacks them would lose every other image
+    for row in rows[1::2]:      # of a file without these lines, every other image would be lost
         numbers(path, row, 0, -(-len(row.split()) // 3) * 3)
     for row in rows[::2]:
         w, x, y, z, *shift = numbers(path, row, 1, 8)
@@ -96,10 +96,10 @@ def find_up(poses):
     """The direction (3,) that is up, from camera-to-world poses (n, 4, 4).
 
     Pictures are taken level, so up is at right angles to every camera's right, by least squares;
-    where the rights are too much alike to tell, the cameras' mean up decides.
+    where all have the same right, so that many directions are, the mean up decides.
     """
     right, down = poses[:, :3, 0], poses[:, :3, 1]
-    up = np.linalg.solve(right.T @ right / len(right) + 1e-3 * np.eye(3), -down.mean(0))
+    up = np.linalg.solve(right.T @ right / len(right) + 1e-6 * np.eye(3), -down.mean(0))
     return up / np.linalg.norm(up)
 
 

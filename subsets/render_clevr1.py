@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import orbit  # noqa: E402
+from data import orbit
 
 UNIT = 1.6                                      # CLEVR's units a cube unit
 GROUND, RADIUS, FOCAL = -0.45, 2.7, 1.6         # in cube units, as in the built-in set clevr1

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import load_folder, orbit  # noqa: E402
+from data import load_folder, orbit
 
 SCRIPT = Path(__file__).with_name("blender.py")
 POSES = orbit(torch.tensor([0.0, 40, 200]), torch.tensor([10.0, 30, 50]), 3.0)

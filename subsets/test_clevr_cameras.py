@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data import orbit      # whose folder clevr_cameras has put on the path
+
 # A scene of the generator by other hands (Piyush Bagad's, MIT), 320 x 240: what its objects state
 REAL = [([0.1783720701932907, 0.7540301084518433, 0.3499999940395355],
          [180, 106, 11.943315505981445]),
@@ -88,7 +90,7 @@ def test_a_real_scene_fits_to_a_third_of_a_pixel():
     pose, error = clevr.solve_camera(points, seen, 320, 240)
     assert error < 0.35
     assert np.abs(pose[:3, 3] - clevr.MEAN_CENTER).max() < 0.5  # the generator's jitter
-    assert clevr.solve_camera(points, seen, 480, 320)[0] is None     # another size is another camera
+    assert clevr.solve_camera(points, seen, 480, 320)[0] is None     # that is another camera
     assert clevr.solve_camera(points[:1], seen[:1], 320, 240)[0] is None
 
 
@@ -97,7 +99,7 @@ def test_a_camera_that_looks_at_the_origin_is_an_orbit():
     x, y, z = clevr.MEAN_CENTER
     radius = np.linalg.norm(clevr.MEAN_CENTER)
     angles = np.degrees([np.arctan2(y, x), np.arcsin(z / radius)])
-    assert np.allclose(pose, clevr.orbit(*angles, radius), atol=1e-5)
+    assert np.allclose(pose, orbit(*angles, radius), atol=1e-5)
 
 
 # ---- The files ---------------------------------------------------------------------------------
@@ -162,7 +164,7 @@ def damaged(key, value):
     (None, "CLEVR there.npz", "there.npz is there already"),
     (None, "CLEVR o.npz --scenes 0", "--scenes and --resolution must be at least 1"),
     (None, "CLEVR o.npz --resolution 65", "000000.png is 96 x 64 .* at least 65 high"),
-    (lambda scenes: scenes[1].update(image_filename="big.png"), "CLEVR o.npz", "big.png is 60"),
+    (lambda scenes: scenes[1].update(image_filename="big.png"), "CLEVR o.npz", "big.png is 120"),
     (lambda scenes: scenes[1].update(image_filename="bad.png"), "CLEVR o.npz", "bad.png is no"),
     (lambda scenes: scenes.clear(), "CLEVR o.npz", "val_scenes.json has no scene to"),
     (lambda scenes: scenes.append("{"), "CLEVR o.npz", "scene 2 of .*scenes.json is not"),
@@ -176,7 +178,7 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, change, line, 
     scenes, _, pictures = zip(*(simulated_scene(rng, 4, (96, 64), i) for i in range(2)))
     scenes, folder = list(scenes), tmp_path / "CLEVR"
     write(folder / "scenes" / "CLEVR_val_scenes.json", folder / "images" / "val", scenes, pictures)
-    Image.new("RGB", (60, 40)).save(folder / "images" / "val" / "big.png")
+    Image.new("RGB", (120, 80)).save(folder / "images" / "val" / "big.png")
     (folder / "images" / "val" / "bad.png").write_bytes(b"no picture")
     (tmp_path / "there.npz").write_bytes(b"mine")
     if change:
