@@ -1226,7 +1226,7 @@ def save_grid(path, rows):
     write(path, lambda file: figure.savefig(file, format="png"))
 
 
-def save_turntable(path, model, planes, frames=24):
+def save_turntable(path, model, planes, frames=20):
     """Write a GIF of all planes (B, ...) side by side, turning once round."""
     pictures, side = [], picture_side(model)
     for pose in progress(turn_poses(model, 0, frames), frames, "turntable"):
@@ -1342,7 +1342,6 @@ def run_reconstruct(model, args, name="reconstruct", gif=True):
             shown = torch.cat([model.render(planes, other)[0] for other in others])
             print(f"t_r = {t_r}: {decibels(model.render(planes, poses)[0], images)} input view, "
                   f"{decibels(shown, torch.cat(truths))} novel views")
-    rows = dict(sorted(rows.items(), key=lambda row: "view " in row[0] and row[0][:6]))
     finish(rows | views_around(model, planes, poses, () if truths else (40, 80, 160, 240)),
            model, planes, args.out, name, gif)
 
@@ -1503,7 +1502,7 @@ def main(argv=None):
         if args.run is run_train:
             return run_train(args)
         writable(args.out)
-        args.run(load_checkpoint(args.checkpoint, pick_device(args.device)), args)
+        return args.run(load_checkpoint(args.checkpoint, pick_device(args.device)), args)
     except (ValueError, OSError, FloatingPointError) as error:
         said = first_line(error)
     except KeyboardInterrupt:
