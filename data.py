@@ -526,8 +526,8 @@ def check(path, shots, poses, scale, half):
 
 
 def read_shot(shot, half, resolution, background):
-    """The square of a shot's picture, uint8 (3, S, S), whose half side at depth 1 is `half`, around the
-    principal point; pixels that are not square become so."""
+    """The square of a shot's picture around its principal point, uint8 (3, S, S); at depth 1 its
+    half side is `half`. Pixels that are not square become so."""
     fx, fy, cx, cy, w, h = shot.lens
     image = shot.image or open_picture(shot.picture, turn=False)
     if abs(image.width * h / (image.height * w) - 1) > 0.02:
@@ -555,6 +555,8 @@ def read_views(path, found, shots_of, scale, split, first=None, background=(1.0,
     side of all. The crop is the largest that all pictures have room for: a set has one focal.
     """
     check_counts(scenes=scenes, views=views, resolution=resolution)
+    if not found:
+        raise FileNotFoundError(f"there are no scenes in {path}")
     chosen, held_out = hold_back(path, found, split)
     chosen = chosen[:scenes]
     shots = parallel(lambda scene: named(scene, shots_of, scene), chosen, "scenes")
@@ -813,16 +815,15 @@ def load(spec, scenes=None, views=None, resolution=64, split=None, seed=0, devic
     if split not in (None, "train", "test"):
         raise ValueError(f"split must be train or test, not {split!r}")
     if spec in SETS:
-        views = synthetic(spec, 1000 if scenes is None else scenes, 1 if views is None else views,
+        drawn = synthetic(spec, 1000 if scenes is None else scenes, 1 if views is None else views,
                           resolution, -1 - seed if split == "test" else seed, device)
-        return replace(views, held_out=split == "test")
+        return replace(drawn, held_out=split == "test")
     subsets = Path(__file__).resolve().parent / "subsets"
-    is_subset = Path(spec).name == spec and (subsets / spec).is_dir()
-    path = subsets / spec if is_subset else Path(spec)
+    names = [file.parent.name for file in subsets.glob("*/train.npz")]
+    path = subsets / spec if spec in names else Path(spec)
     if not path.exists():
-        names = ", ".join(file.parent.name for file in subsets.glob("*/train.npz"))
         raise ValueError(f"{spec!r} is neither a built-in set ({', '.join(SETS)}) nor one in "
-                         f"subsets/ ({names}) nor a path")
+                         f"subsets/ ({', '.join(names)}) nor a path")
     for depth in range(4):                                  # what is quick to find comes first
         for loader, (name, *marks) in FORMATS.items():
             if any(path.match(Path(mark).name) if path.is_file() else

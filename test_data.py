@@ -410,6 +410,9 @@ def test_nmr(tmp_path, inverse):
         assert views.focal == pytest.approx(focal) and views.scale == 0.5
         check(views, poses[[2, 1]])
         check(load(path, split="test"), poses[:1])
+    save(root / "softras_val.lst", "not_downloaded\n")
+    with pytest.raises(FileNotFoundError, match="no scenes in"):
+        load(root / "softras_val.lst")
     del arrays["camera_mat_1"]
     np.savez(root / "cc" / "cameras.npz", **arrays)
     with pytest.raises(ValueError, match="cc is not as expected: .*camera_mat_1"):
@@ -417,12 +420,15 @@ def test_nmr(tmp_path, inverse):
 
 
 def test_clevr567(tmp_path):
-    poses = cameras(4, 2)
+    """Squeezed pictures, masks beside them, two scenes in one folder and one in another."""
+    poses = cameras(4, 3)
     for i, images in enumerate(pictures(poses, 350 / 320, 320)):
+        folder = tmp_path / ("train" if i < 2 else "test")
+        folder.mkdir(exist_ok=True)
         for v, image in enumerate(images):
             pose = poses[i, v].double().numpy().copy()
             pose[:3, 3] *= CLEVR_SCALE
-            name = str(tmp_path / f"{4 * i + v:05d}_sc{i:04d}_az{v:02d}")
+            name = str(folder / f"{4 * i + v:05d}_sc{i:04d}_az{v:02d}")
             squeezed = Image.fromarray(image[40:280]).resize((128, 128), Image.Resampling.BOX)
             for end in (".png", "_mask.png"):
                 squeezed.save(name + end)
@@ -430,7 +436,8 @@ def test_clevr567(tmp_path):
             np.savetxt(name + "_azi_rot.txt", np.eye(3))
     views = load(tmp_path, resolution=96)
     assert views.focal == pytest.approx(350 / 240)
-    check(views, poses)
+    check(views, poses[:2])
+    check(load(tmp_path, split="test", resolution=96), poses[2:])
     assert load_clevr567(tmp_path, scenes=1, views=2, resolution=8).images.shape[:2] == (1, 2)
 
 
@@ -904,6 +911,18 @@ def test_training_pictures_are_new_scenes_or_those_of_a_fixed_set(tmp_path, monk
     assert "one picture" not in capsys.readouterr().err
     training_pictures(config(data=str(tmp_path / "two")), "cpu")
     assert "trains on one picture" in capsys.readouterr().err
+
+
+def test_sets_in_subsets_have_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "__file__", str(tmp_path / "data.py"))
+    (tmp_path / "subsets" / "mine").mkdir(parents=True)
+    for split, scenes in ("train", 3), ("test", 2):
+        np.savez(tmp_path / "subsets" / "mine" / f"{split}.npz", **npz(cameras(2, scenes)))
+        assert len(load("mine", split=split, resolution=16)) == scenes
+    assert data.test_views(config(data="mine"), 9, 9, "cpu").images.shape[:2] == (2, 2)
+    assert training_pictures(config(data="mine"), "cpu")[0](0)[0].shape == (4, 3, 16, 16)
+    with pytest.raises(ValueError, match="nor one in subsets/ .mine. nor a path"):
+        load("yours")
 
 
 def test_wrong_arguments_are_answered_with_what_to_do(tmp_path):
