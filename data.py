@@ -100,6 +100,16 @@ class Views:
                        depth=None if self.depth is None else self.depth[scenes])
 
 
+def progress(items, total, what):
+    """The same items; every five seconds stderr is told how far it is and how long it will take."""
+    start = said = time.monotonic()
+    for count, item in enumerate(items, 1):
+        yield item
+        if (now := time.monotonic()) > said + 5:
+            said, left = now, (now - start) * (total / count - 1)
+            print(f"{what}: {count:,} of {total:,}, {left:.0f} s left", file=sys.stderr)
+
+
 # ---- The ray tracer ----------------------------------------------------------------------------
 
 SPHERE, BOX, CYLINDER, EMPTY = 0, 1, 2, -1  # the unit sphere; [-1, 1]^3; radius 1, z in [-1, 1]
@@ -267,8 +277,8 @@ def trace(scenes, poses, focal, resolution, samples=2, depth=True):
     scene = torch.arange(n, device=poses.device).repeat_interleave(v)
     at_once = 2 ** 16 if poses.device.type == "cpu" else 2 ** 22      # a CPU's cache, a GPU's width
     chunk = max(1, at_once // (resolution * samples) ** 2)
-    images, depths = [], []
-    for some, cameras in zip(scene.split(chunk), poses.split(chunk)):
+    images, depths, parts = [], [], math.ceil(n * v / chunk)
+    for some, cameras in progress(zip(scene.split(chunk), poses.split(chunk)), parts, "tracing"):
         fine = trace_chunk(scenes, some, cameras, focal, resolution * samples, True)
         images.append(F.avg_pool2d(fine, samples).transpose(0, 1))
         if depth:
@@ -316,9 +326,9 @@ def flatten(image, background):
     return canvas.convert("RGB")
 
 
-def to_tensor(image):
-    """An RGB picture as (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+def to_bytes(image):
+    """A PIL image in RGB as a uint8 tensor (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def square(image, side, method, fit, color):
@@ -336,8 +346,9 @@ def read_image(path, resolution, background=(1.0, 1.0, 1.0), fit="crop"):
     Alpha is composited on `background` (RGB in [-1, 1]); the picture is cropped to its middle
     square, or padded to a square with fit="pad", and resized with anti-aliasing.
     """
-    image = flatten(open_picture(path), background)
-    return to_tensor(square(image, resolution, Image.Resampling.LANCZOS, fit, to_color(background)))
+    image, color = flatten(open_picture(path), background), to_color(background)
+    image = square(image, resolution, Image.Resampling.LANCZOS, fit, color)
+    return to_bytes(image).float() / 127.5 - 1
 
 
 def read_mask(path, resolution, size=None, fit="crop"):
@@ -437,17 +448,9 @@ def named(path, function, *arguments):
 
 
 def parallel(job, items, what):
-    """[job(item) for item in items], by threads; if it takes long, stderr is told how far it is."""
-    done, start = [], time.monotonic()
-    said = start
+    """[job(item) for item in items], by threads."""
     with ThreadPoolExecutor() as pool:
-        for result in pool.map(job, items):
-            done.append(result)
-            if (now := time.monotonic()) > said + 2:
-                said, left = now, (now - start) * (len(items) / len(done) - 1)
-                print(f"{what}: {len(done):,} of {len(items):,}, {left:.0f} s left",
-                      file=sys.stderr)
-    return done
+        return list(progress(pool.map(job, items), len(items), what))
 
 
 def check_counts(**counts):
@@ -522,6 +525,25 @@ def check(path, shots, poses, scale, half):
     return np.concatenate([np.dstack([R, center]), poses[:, 3:]], 1)
 
 
+def read_shot(shot, half, resolution, background):
+    """The square of a shot's picture around its principal point, uint8 (3, S, S); at depth 1 its
+    half side is `half`. Pixels that are not square become so."""
+    fx, fy, cx, cy, w, h = shot.lens
+    image = shot.image or open_picture(shot.picture, turn=False)
+    if abs(image.width * h / (image.height * w) - 1) > 0.02:
+        raise ValueError(f"{shot.picture} is {image.width} x {image.height} pixels, which does "
+                         f"not fit its camera's {w:g} x {h:g}")
+    if shot.mask:
+        mask, image = open_picture(shot.mask, turn=False).convert("L"), image.convert("RGB")
+        if mask.size != image.size:
+            raise ValueError(f"{shot.mask} and its picture {shot.picture} differ in size")
+        image.putalpha(mask)
+    x, y, half_w, half_h = cx / w, cy / h, half * fx / w, half * fy / h
+    box = np.clip([x - half_w, y - half_h, x + half_w, y + half_h], 0, 1) * (image.size * 2)
+    method = Image.Resampling.BOX if shot.image else Image.Resampling.LANCZOS
+    return to_bytes(flatten(image, background).resize((resolution,) * 2, method, tuple(box)))
+
+
 @np.errstate(all="ignore")
 def read_views(path, found, shots_of, scale, split, first=None, background=(1.0, 1.0, 1.0),
                scenes=None, views=None, resolution=64, seed=0, device="cpu"):
@@ -530,10 +552,11 @@ def read_views(path, found, shots_of, scale, split, first=None, background=(1.0,
     scale: world units a cube unit; None: the cube is as wide as the pictures of the scene `first`.
     split: what is held back, as `find` has it. Some views of many are evenly spread, from a start
     that differs by scene: NMR's scenes share their cameras, and one view of each would show one
-    side of all. The crop is the square around the principal point that all pictures have room for,
-    so the set has one focal; pixels that are not square become so.
+    side of all. The crop is the largest that all pictures have room for: a set has one focal.
     """
     check_counts(scenes=scenes, views=views, resolution=resolution)
+    if not found:
+        raise FileNotFoundError(f"there are no scenes in {path}")
     chosen, held_out = hold_back(path, found, split)
     chosen = chosen[:scenes]
     shots = parallel(lambda scene: named(scene, shots_of, scene), chosen, "scenes")
@@ -556,28 +579,10 @@ def read_views(path, found, shots_of, scale, split, first=None, background=(1.0,
         scale = float(np.nanmedian(distance * named(first, half_view, some))) or 1.0
     poses, half = check(path, shots, np.array(poses), scale, half), half.min()
     poses = torch.from_numpy(poses).float().unflatten(0, (-1, V))                  # (N, V, 4, 4)
-    images = torch.empty(len(shots), 3, resolution, resolution)
-
-    def read(k):
-        shot, (fx, fy, cx, cy, w, h) = shots[k], shots[k].lens
-        image = shot.image or open_picture(shot.picture, turn=False)
-        if abs(image.width * h / (image.height * w) - 1) > 0.02:
-            raise ValueError(f"{shot.picture} is {image.width} x {image.height} pixels, which does "
-                             f"not fit its camera's {w:g} x {h:g}")
-        if shot.mask:
-            mask, image = open_picture(shot.mask, turn=False).convert("L"), image.convert("RGB")
-            if mask.size != image.size:
-                raise ValueError(f"{shot.mask} and its picture {shot.picture} differ in size")
-            image.putalpha(mask)
-        x, y, half_w, half_h = cx / w, cy / h, half * fx / w, half * fy / h
-        box = np.clip([x - half_w, y - half_h, x + half_w, y + half_h], 0, 1) * (image.size * 2)
-        method = Image.Resampling.BOX if shot.image else Image.Resampling.LANCZOS
-        image = flatten(image, background).resize((resolution, resolution), method, tuple(box))
-        images[k] = to_tensor(image)
-    parallel(read, range(len(shots)), "pictures")
-    return Views(images.unflatten(0, (-1, V)).to(device), poses.to(device),
-                 float(0.5 / half), torch.tensor(background, device=device), Path(path).name, scale,
-                 held_out=held_out)
+    images = parallel(lambda shot: read_shot(shot, half, resolution, background), shots, "pictures")
+    images = torch.stack(images).float().div_(127.5).sub_(1)        # in place: they may be many
+    return Views(images.unflatten(0, (-1, V)).to(device), poses.to(device), float(0.5 / half),
+                 torch.tensor(background, device=device), Path(path).name, scale, None, held_out)
 
 
 # ---- Data from files: the formats --------------------------------------------------------------
@@ -744,12 +749,6 @@ def load_npz(path, split=None, resolution=64, **how):
                       tuple((color / 127.5 - 1).tolist()), resolution=resolution, **how)
 
 
-def clevr_scenes(path, split=None):
-    """The scenes of a folder, or file, of CLEVR v1.0 or of its generator, as the JSON has them."""
-    file, _ = find_one(path, load_clevr, split)
-    return named(file, lambda: list(json.loads(file.read_text("utf-8-sig"))["scenes"]))
-
-
 def clevr_primitives(objects):
     """A CLEVR scene for our tracer: kind (P,), to_world (P, 3, 4), color (P, 3), shine (P,)."""
     rows = []
@@ -776,11 +775,11 @@ def load_clevr(path, split=None, scenes=None, views=None, resolution=64, seed=0,
     file, left = find_one(path, load_clevr, split)
     if (Path(path) / "images").is_dir():
         print(f"{path}: pictures are not read, layouts are drawn", file=sys.stderr)
-    layouts, held_out = hold_back(path, clevr_scenes(file), left)
+    layouts = named(file, lambda: list(json.loads(file.read_text("utf-8-sig"))["scenes"]))
+    layouts, held_out = hold_back(path, layouts, left)
     if not layouts:
         raise ValueError(f"there are no scenes in {file}")
-    columns = zip(*named(file, lambda: [clevr_primitives(layout["objects"])
-                                        for layout in layouts[:scenes]]))
+    columns = zip(*(named(file, lambda: clevr_primitives(o["objects"])) for o in layouts[:scenes]))
     made = Scenes(*(pad_sequence(column, True, EMPTY).to(device) for column in columns),
                   0.0, SETS["clevr"].background)
     poses = random_poses("clevr", len(made.kind), views or 1, -1 - seed if held_out else seed,
@@ -816,16 +815,15 @@ def load(spec, scenes=None, views=None, resolution=64, split=None, seed=0, devic
     if split not in (None, "train", "test"):
         raise ValueError(f"split must be train or test, not {split!r}")
     if spec in SETS:
-        views = synthetic(spec, 1000 if scenes is None else scenes, 1 if views is None else views,
+        drawn = synthetic(spec, 1000 if scenes is None else scenes, 1 if views is None else views,
                           resolution, -1 - seed if split == "test" else seed, device)
-        return replace(views, held_out=split == "test")
+        return replace(drawn, held_out=split == "test")
     subsets = Path(__file__).resolve().parent / "subsets"
-    is_subset = Path(spec).name == spec and (subsets / spec).is_dir()
-    path = subsets / spec if is_subset else Path(spec)
+    names = [file.parent.name for file in subsets.glob("*/train.npz")]
+    path = subsets / spec if spec in names else Path(spec)
     if not path.exists():
-        names = ", ".join(file.parent.name for file in subsets.glob("*/train.npz"))
         raise ValueError(f"{spec!r} is neither a built-in set ({', '.join(SETS)}) nor one in "
-                         f"subsets/ ({names}) nor a path")
+                         f"subsets/ ({', '.join(names)}) nor a path")
     for depth in range(4):                                  # what is quick to find comes first
         for loader, (name, *marks) in FORMATS.items():
             if any(path.match(Path(mark).name) if path.is_file() else

@@ -199,6 +199,13 @@ def test_objects_shade_each_other():
     assert with_ball[0, 0, 0, row, column] < without[0, 0, 0, row, column] - 0.2
 
 
+def test_what_takes_long_says_how_far_it_is(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 2))
+    monkeypatch.setattr(data.time, "monotonic", lambda: next(clock))
+    synthetic("clevr1", 8, resolution=128)                      # one picture a chunk on a CPU
+    assert "tracing: 3 of 8, 10 s left\n" in capsys.readouterr().err
+
+
 def test_anti_aliasing_is_the_mean_of_a_finer_picture():
     scenes, poses = random_scenes("cars", 3), random_poses("cars", 3)
     coarse, _ = trace(scenes, poses, 1.6, 16, samples=3, depth=False)
@@ -248,18 +255,15 @@ def test_scenes_are_those_that_the_weights_were_trained_on(name):
 @pytest.mark.parametrize("name", list(SETS))
 def test_objects_shadows_and_cameras_are_where_the_set_says(name):
     scenes, about = random_scenes(name, 2000), SETS[name]
-    turn, light = torch.arange(24) * (2 * math.pi / 24), torch.tensor(scenes.light)
-    rim = torch.stack([turn.cos(), turn.sin()], -1)
-    lines = torch.linspace(-1, 1, 9)
-    ball = torch.cat([torch.cat([rim * (1 - z * z).sqrt(), z.expand(24, 1)], 1) for z in lines])
-    tube = torch.cat([torch.cat([rim, torch.full((24, 1), z)], 1) for z in (-1.0, 1.0)])
-    box = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
-    for kind, surface in ((SPHERE, ball), (BOX, box), (CYLINDER, tube)):
-        matrix = scenes.to_world[scenes.kind == kind]
-        points = torch.einsum("mij,pj->mpi", matrix[:, :, :3], surface) + matrix[:, None, :, 3]
-        shadows = points - (points[..., 2:] - scenes.ground) / light[2] * light
-        assert len(points) == 0 or max(points.abs().max(), shadows.abs().max()) < 1
-        assert len(points) == 0 or points[..., 2].min() > scenes.ground - 0.02
+    there, light = scenes.kind != EMPTY, torch.tensor(scenes.light)
+    kind, (axes, center) = scenes.kind[there, None], scenes.to_world[there].split((3, 1), dim=2)
+    fall = torch.eye(3) - light[:, None] * torch.eye(3)[2] / light[2]       # onto z = 0, as shadows
+    for onto, lift in (torch.eye(3), 0), (fall, scenes.ground * (light / light[2])):
+        a, middle = onto @ axes, (onto @ center)[..., 0] + lift             # (M, 3, 3), (M, 3)
+        reach = torch.where(kind == BOX, a.abs().sum(2), torch.where(
+            kind == SPHERE, a.norm(dim=2), a[..., :2].norm(dim=2) + a[..., 2].abs()))
+        assert (middle.abs() + reach).max() < 1
+        assert (middle - reach)[:, 2].min() > scenes.ground - 0.02
     center = random_poses(name, 2000)[:, 0, :3, 3]
     elevation = torch.rad2deg(torch.asin(center[:, 2] / about.radius))
     azimuth = torch.rad2deg(torch.atan2(center[:, 1], center[:, 0]))
@@ -403,6 +407,9 @@ def test_nmr(tmp_path, inverse):
         assert views.focal == pytest.approx(focal) and views.scale == 0.5
         check(views, poses[[2, 1]])
         check(load(path, split="test"), poses[:1])
+    save(root / "softras_val.lst", "not_downloaded\n")
+    with pytest.raises(FileNotFoundError, match="no scenes in"):
+        load(root / "softras_val.lst")
     del arrays["camera_mat_1"]
     np.savez(root / "cc" / "cameras.npz", **arrays)
     with pytest.raises(ValueError, match="cc is not as expected: .*camera_mat_1"):
@@ -410,12 +417,15 @@ def test_nmr(tmp_path, inverse):
 
 
 def test_clevr567(tmp_path):
-    poses = cameras(4, 2)
+    """Squeezed pictures, masks beside them, two scenes in one folder and one in another."""
+    poses = cameras(4, 3)
     for i, images in enumerate(pictures(poses, 350 / 320, 320)):
+        folder = tmp_path / ("train" if i < 2 else "test")
+        folder.mkdir(exist_ok=True)
         for v, image in enumerate(images):
             pose = poses[i, v].double().numpy().copy()
             pose[:3, 3] *= CLEVR_SCALE
-            name = str(tmp_path / f"{4 * i + v:05d}_sc{i:04d}_az{v:02d}")
+            name = str(folder / f"{4 * i + v:05d}_sc{i:04d}_az{v:02d}")
             squeezed = Image.fromarray(image[40:280]).resize((128, 128), Image.Resampling.BOX)
             for end in (".png", "_mask.png"):
                 squeezed.save(name + end)
@@ -423,7 +433,8 @@ def test_clevr567(tmp_path):
             np.savetxt(name + "_azi_rot.txt", np.eye(3))
     views = load(tmp_path, resolution=96)
     assert views.focal == pytest.approx(350 / 240)
-    check(views, poses)
+    check(views, poses[:2])
+    check(load(tmp_path, split="test", resolution=96), poses[2:], tolerance=0.5)
     assert load_clevr567(tmp_path, scenes=1, views=2, resolution=8).images.shape[:2] == (1, 2)
 
 
@@ -743,7 +754,6 @@ def test_clevr_layouts(tmp_path, capsys):
     assert "pictures are not read, layouts are drawn" in capsys.readouterr().err
     parts = [len(load(tmp_path / "own", split=part, resolution=8)) for part in ("train", "test")]
     assert parts == [2, 1]
-    assert data.clevr_scenes(tmp_path / "own") == scenes
     for n, scene in enumerate(scenes[:2]):
         kind, to_world, color, shine = data.clevr_primitives(scene["objects"])
         for k, o in enumerate(scene["objects"]):
@@ -898,6 +908,18 @@ def test_training_pictures_are_new_scenes_or_those_of_a_fixed_set(tmp_path, monk
     assert "one picture" not in capsys.readouterr().err
     training_pictures(config(data=str(tmp_path / "two")), "cpu")
     assert "trains on one picture" in capsys.readouterr().err
+
+
+def test_sets_in_subsets_have_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "__file__", str(tmp_path / "data.py"))
+    (tmp_path / "subsets" / "mine").mkdir(parents=True)
+    for split, scenes in ("train", 3), ("test", 2):
+        np.savez(tmp_path / "subsets" / "mine" / f"{split}.npz", **npz(cameras(2, scenes)))
+    assert len(load("mine", split="train", resolution=16)) == 3
+    assert data.test_views(config(data="mine"), 9, 9, "cpu").images.shape[:2] == (2, 2)
+    assert training_pictures(config(data="mine"), "cpu")[0](0)[0].shape == (4, 3, 16, 16)
+    with pytest.raises(ValueError, match="nor one in subsets/ .mine. nor a path"):
+        load("yours")
 
 
 def test_wrong_arguments_are_answered_with_what_to_do(tmp_path):
