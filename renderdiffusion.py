@@ -59,9 +59,6 @@ def option(default, text, least=0, most=1e9, among=None):
                                                             among=among))
 
 
-SIDES = 16, 32, 64, 128, 256        # of pictures: halved, each ends in 4
-
-
 @dataclasses.dataclass
 class Config:
     """What a training depends on: `train`'s options, saved in every checkpoint.
@@ -72,9 +69,9 @@ class Config:
     data: str = option("clevr1", "a built-in set, a name in subsets/, or a path")
     scenes: int = option(0, "scenes to train on; 0: all there are, of built-in sets fresh ones")
     views: int = option(1, "pictures of a scene, each on its own", 1)
-    resolution: int = option(32, "image side S", among=SIDES)
+    resolution: int = option(32, "image side S", among=(16, 32, 64, 128, 256))
     # model
-    plane_size: int = option(32, "triplane side N", among=(*SIDES, 512))
+    plane_size: int = option(32, "triplane side N", among=(16, 32, 64, 128, 256, 512))
     plane_channels: int = option(16, "triplane features C", 1, 1024)
     unet_channels: int = option(48, "the U-Net's channels at side 16, a multiple of 16", 16, 1024)
     unet_blocks: int = option(1, "residual blocks a stage at sides of 16 and more", 1, 16)
@@ -193,12 +190,10 @@ class UNet(nn.Module):
     """The encoder e: x_t (B, 3, S, S), t (B,) -> planes (B, 3C, N, N). It is not told the camera.
 
     Stages are named by their side: S / 2, ..., 8, 4 on the way down, 4, 8, ..., N / 2 up again,
-    with skips, added, and the last doubling without: a plane's texel lies in the world, a pixel
-    before the camera, so there is nothing to copy. A stage's width goes by its side alone, and
-    each of side 16 or more has its own way in and out: a stem sees the picture averaged down to
-    twice the side, a head gives planes of twice the side, which are doubled and added to what
-    larger heads give. So the network of a small picture is part of that of a larger one, and
-    grows into it (`grow`): what a larger picture adds starts at zero.
+    with skips, added. A stage's width goes by its side alone, and each of side 16 or more has its
+    own way in and out: a stem sees the picture averaged down to twice the side, a head gives planes
+    of twice the side, and smaller planes are doubled and added. So the network of a small picture
+    is part of that of a larger one, and grows into it (`grow`): what that one adds starts at zero.
     """
 
     def __init__(self, config):
@@ -263,14 +258,10 @@ class UNet(nn.Module):
                 h = block(h, emb)
             if side in self.head:
                 new = self.head[side](F.interpolate(h, scale_factor=2))
-                planes = new if planes is None else new + double(planes)
+                # doubled as `sample_triplanes` reads them: outermost texels stay at -1 and 1
+                planes = new if planes is None else new + F.interpolate(
+                    planes, scale_factor=2, mode="bilinear", align_corners=True)
         return planes                                                          # (B, 3C, N, N)
-
-
-def double(planes):
-    """Planes (B, C, N, N) -> (B, C, 2N, 2N): as `sample_triplanes` reads them, so the same field
-    (but between texels, where the doubled ones have more corners)."""
-    return F.interpolate(planes, scale_factor=2, mode="bilinear", align_corners=True)
 
 
 # ---- Triplanes and MLP: points -> density and colour -------------------------------------------
@@ -336,11 +327,6 @@ def composite(density, color, deltas, background):
     return (weights[..., None] * color).sum(-2) + left * background, weights
 
 
-def stratified(count, jitter):
-    """The middle of each of `count` equal parts of [0, 1], or by jitter (..., count) anywhere."""
-    return (torch.arange(count, device=jitter.device) + jitter) / count
-
-
 def importance_samples(edges, weights, u):
     """Distances (B, R, F) drawn from coarse weights (B, R, K) over edges (B, R, K+1).
 
@@ -377,14 +363,16 @@ def march(field, origins, directions, samples, fine_samples, background, jitter=
         """Each sample stands for what is nearer to it than to its neighbours."""
         return torch.cat([near, (t[..., 1:] + t[..., :-1]) / 2, far], dim=-1)  # (B, R, K+1)
 
-    t = near + (far - near) * stratified(samples, jitter[..., :samples])
+    # one in each of so many equal parts (stratified): u in [0, 1]
+    u = (torch.arange(samples, device=near.device) + jitter[..., :samples]) / samples
+    t = near + (far - near) * u
     density, color = evaluate(t)
     if fine_samples:
         edges = intervals(t)
         with torch.no_grad():
             _, weights = composite(density, color, edges.diff(dim=-1), background)
-            u = stratified(fine_samples, jitter[..., samples:])
-            t_fine = importance_samples(edges, weights, u)
+            u = torch.arange(fine_samples, device=near.device) + jitter[..., samples:]
+            t_fine = importance_samples(edges, weights, u / fine_samples)
         density_fine, color_fine = evaluate(t_fine)
         t, order = torch.sort(torch.cat([t, t_fine], dim=-1), dim=-1)
         density = torch.cat([density, density_fine], dim=-1).gather(-1, order)
@@ -422,16 +410,12 @@ class RenderDiffusion(nn.Module):
             planes = self.unet(x_t, t)
         return planes.float().reshape(len(x_t), 3, -1, N, N)
 
-    def field(self, planes, points):
-        """Planes (B, 3, C, N, N) at points (B, P, 3) -> density (B, P), colour (B, P, 3)."""
-        return self.mlp(points, sample_triplanes(planes, points))
-
     def march(self, planes, origins, directions, jitter=None, fine=True):
         """Rays (B, R, 3) through planes -> rgb (B, R, 3) in [0, 1], depth, opacity (B, R); without
         importance samples if not `fine`. jitter: as for the function of this name.
         """
-        return march(lambda points: self.field(planes, points), origins, directions,
-                     self.config.samples, self.config.fine_samples if fine else 0,
+        return march(lambda points: self.mlp(points, sample_triplanes(planes, points)), origins,
+                     directions, self.config.samples, self.config.fine_samples if fine else 0,
                      self.background, jitter)
 
     def render(self, planes, poses, focal=None, resolution=None, fine=True):
@@ -502,11 +486,6 @@ def denoising_loss(model, x0, poses, source=None):
     return compare(x0_hat, target)
 
 
-def progress_of(config, step, seconds):
-    """How much of a training is done: 0 to 1, by the clock if `minutes` are given."""
-    return seconds / 60 / config.minutes if config.minutes else step / config.steps
-
-
 def learning_rate(config, step, done):
     """Warm-up over 100 steps, then constant, and a linear fall over the last 30 %."""
     return config.lr * min(1, (step + 1) / 100, max(0.02, (1 - done) / 0.3))
@@ -522,18 +501,14 @@ def update_average(ema, model, step, decay=0.999):
 def train(config, loss=denoising_loss):
     """Train from single posed pictures -> the averaged model, in eval mode.
 
-    Writes OUT/DATA.pt at the start and every two minutes, with samples and a line of OUT/DATA.csv
-    beside it. Ctrl-C or a crash loses what came after; `resume` goes on from there. A checkpoint
-    that is there is never overwritten. Under torchrun each process has scenes of its own and
-    gradients are averaged. ValueError or OSError for what cannot be trained or written,
-    FloatingPointError when loss or weights are no longer finite. `loss`: as `denoising_loss`.
+    Writes OUT/DATA.pt at the start and every two minutes; Ctrl-C or a crash loses what came after,
+    and `resume` goes on from there. A checkpoint that is there is never overwritten. Under torchrun
+    each process has scenes of its own and gradients are averaged. ValueError or OSError for what
+    cannot be trained or written, FloatingPointError when loss or weights are no longer finite.
     """
-    path = training_path(config)
-    if path.exists() != config.resume:
-        raise ValueError(f"there is {'no' if config.resume else 'a'} checkpoint {path}: " + (
-            "leave --resume away" if config.resume else "go on with it by --resume, or give "
-            "another --out"))
-    device = pick_device(config.device)
+    path, device = training_path(config), pick_device(config.device)
+    if path.exists() and not config.resume:
+        raise ValueError(f"{path} is there: go on with it by --resume, or give another --out")
     rank, world = join_processes(device)
     draw, camera = training_pictures(config, device, rank, world)
     config = dataclasses.replace(config, **camera)
@@ -698,11 +673,10 @@ def inpaint(model, images, masks, poses=None, steps=20, jump_length=5, jump_n_sa
     RePaint (Lugmayr et al. 2022, algorithm 1) as its code has it: before each step down, the known
     pixels are set to the picture noised to the level of x_t; each jump up noises everything. (The
     paper's line 5 misprints that noise's factor; it is sqrt(1 - alpha_bar).) Beyond RePaint, each
-    step also goes down `guidance` times a gradient (`guidance_gradient`), or else what fills a
-    large hole ignores what is round it. At the end the known pixels are put back as they are, and
-    this picture is encoded at t = 0: it shows the known part exactly, the planes reconstruct it.
-    Poses (B, 4, 4) are found where None. ValueError for masks that do not fit, or that hide
-    nothing or everything.
+    step also goes down `guidance` times a gradient, or else what fills a large hole ignores what is
+    round it. At the end the known pixels are put back, and this picture is encoded at t = 0.
+    Poses (B, 4, 4) are found where None. ValueError for masks that do not fit, or hide nothing or
+    everything.
     """
     if masks.shape != (shape := (len(images), 1, *images.shape[2:])):
         raise ValueError(f"masks must be {shape} to fit the images, not {tuple(masks.shape)}")
@@ -1002,6 +976,11 @@ def grow(model, weights):
     model.load_state_dict(weights.state_dict(), strict=False)
 
 
+def progress_of(config, step, seconds):
+    """How much of a training is done: 0 to 1, by the clock if `minutes` are given."""
+    return seconds / 60 / config.minutes if config.minutes else step / config.steps
+
+
 class Journal:
     """What a training says and writes, by one process: a line every five seconds; every two minutes
     the checkpoint, eight samples, what held-out views say, and a line of OUT/DATA.csv of it."""
@@ -1054,9 +1033,10 @@ class Journal:
             print(f"  warning: all rays {'miss' if filled < 0.5 else 'end in'} the volume; if it "
                   "stays so, train anew with a lower --lr")
         table = self.path.with_suffix(".csv")
-        text = table.read_text() if table.exists() else "step,minutes,loss,input_psnr,novel_psnr\n"
-        text += ",".join([str(step), f"{minutes:.2f}", f"{self.mean:.5f}", *row]) + "\n"
-        write(table, lambda file: file.write(text.encode()))
+        heads = b"step,minutes,loss,input_psnr,novel_psnr\n"
+        before = table.read_bytes() if table.exists() else heads
+        line = ",".join([str(step), f"{minutes:.2f}", f"{self.mean:.5f}", *row]) + "\n"
+        write(table, lambda file: file.write(before + line.encode()))
         save_grid(self.path.with_suffix(".png"), {"samples": images})
 
 
@@ -1072,7 +1052,7 @@ def pick_device(name):
             F.grid_sample(planes, planes.detach().expand(1, 2, 2, 2).permute(0, 2, 3, 1),
                           align_corners=True).sum().backward()
             return planes.device
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
+        except Exception as error:                  # each kind of device has its own
             said = f"device {name!r} cannot be used: {first_line(error)}"
             print(said * (name != names[-1]), file=sys.stderr)
     raise ValueError(said)
@@ -1113,7 +1093,8 @@ def join_processes(device):
                 raise ValueError(f"{torch.cuda.device_count()} GPUs cannot have more processes: "
                                  "lower --nproc_per_node")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))    # "cuda" means it from here on
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        nccl = device.type == "cuda" and torch.distributed.is_nccl_available()  # Linux alone
+        torch.distributed.init_process_group("nccl" if nccl else "gloo")
     return int(os.environ.get("RANK", 0)), world
 
 
@@ -1213,7 +1194,7 @@ def surface_points(model, planes, poses, resolution=64):
         points = (origins + t[..., None] * directions)[opacity > 0.5][None]    # (1, P, 3)
         with torch.inference_mode(False), torch.enable_grad():
             points = points.clone().requires_grad_()
-            density, color = model.field(planes.clone(), points)
+            density, color = model.mlp(points, sample_triplanes(planes.clone(), points))
             normal = -torch.autograd.grad(density.sum(), points)[0]            # out of the matter
         parts.append(torch.stack([points.detach(), F.normalize(normal, dim=-1), color.detach()]))
     return torch.cat(parts, dim=2)[:, 0]                                       # (3, P, 3)
@@ -1268,8 +1249,6 @@ def input_pictures(model, args, hide=lambda images: None):
 
 def run_generate(model, args, name="generate"):
     """New scenes, each seen from four more sides."""
-    if args.count * max(128, 2 * model.config.resolution) > 65535:
-        raise ValueError(f"--count {args.count} makes a GIF wider than 65,535 pixels: lower it")
     poses = turn_poses(model, 0, args.count)
     _, planes = generate(model, poses, args.steps, args.eta, args.seed)
     finish({"generated": show(model, planes, poses)[0]} | views_around(model, planes, poses),
@@ -1443,7 +1422,10 @@ def main(argv=None):
         Path(args.out).mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=args.out):           # says now, before the work, if it cannot
             pass
-        return args.run(load_checkpoint(args.checkpoint, pick_device(args.device)), args)
+        model = load_checkpoint(args.checkpoint, pick_device(args.device))
+        if getattr(args, "count", 1) * max(128, 2 * model.config.resolution) > 65535:
+            raise ValueError(f"--count {args.count} makes a GIF wider than 65,535 pixels: lower it")
+        return args.run(model, args)
     except (ValueError, OSError, FloatingPointError) as error:
         said = first_line(error)
     except KeyboardInterrupt:
