@@ -321,7 +321,7 @@ def composite(density, color, deltas, background):
     optical_depth = density * deltas
     # what lies before each sample; on GPUs a product is much faster than a cumulative sum
     K = density.shape[-1]
-    before = optical_depth @ torch.ones(K, K, device=density.device).triu(1)
+    before = optical_depth @ density.new_ones(K, K).triu(1)
     weights = torch.exp(-before) * -torch.expm1(-optical_depth)                # T_i alpha_i
     left = 1 - weights.sum(-1, keepdim=True)
     return (weights[..., None] * color).sum(-2) + left * background, weights
@@ -974,6 +974,10 @@ def grow(model, weights):
         if its != ours and not grows.get(name):
             raise ValueError(f"the weights have {name} = {its}, which cannot become {ours}")
     model.load_state_dict(weights.state_dict(), strict=False)
+    for side, stem in model.unet.stem.items():      # a skip new to a trained stage starts at zero
+        if side not in weights.unet.stem and side in weights.unet.up:
+            nn.init.zeros_(stem.weight)
+            nn.init.zeros_(stem.bias)
 
 
 def progress_of(config, step, seconds):
@@ -1185,7 +1189,7 @@ def surface_points(model, planes, poses, resolution=64):
     points, unit normals and colours in [0, 1], each (P, 3).
     """
     parts = []
-    for pose in progress(poses, len(poses), "surface"):
+    for pose in progress(poses.to(planes), len(poses), "surface"):
         origins, directions = camera_rays(pose[None], model.config.focal, resolution)
         _, far = ray_interval(origins, directions)
         with torch.no_grad():
