@@ -1403,6 +1403,8 @@ def parse(argv):
         sub.set_defaults(run=run, parser=sub)
         for name in ("checkpoint out seed device " + names).split() if run != run_train else ():
             sub.add_argument(f"--{name}", **OPTIONS[name])
+        if run == run_reconstruct:
+            sub.set_defaults(steps=None)            # by its t_r
         for field in dataclasses.fields(Config) if run == run_train else ():
             if field.name in GROUPS:
                 group = sub.add_argument_group(GROUPS[field.name])
