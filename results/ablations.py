@@ -13,6 +13,7 @@ the first two rows mean nothing. What is changed is in here: renderdiffusion.py 
 any of it.
 """
 import argparse
+import contextlib
 import sys
 import tempfile
 import time
@@ -96,7 +97,7 @@ def attending(everywhere):
 
 
 def varied_trace(scenes, poses, focal, resolution, samples=2, depth=True, lamps=4):
-    """As `trace`, each scene in a light, a paint, a size and a grey of the ground of its own: `lamps`
+    """As `trace`, each scene in a light, paint, size and grey of the ground of its own: by `lamps`
     of random strength, from any side and more or less spread, which makes soft shadows; shadows and
     ambient light of any strength; a highlight of any sharpness; colours faded and tinted. No depth.
     """
@@ -187,10 +188,10 @@ def run(name, config, test=None, scenes=128):
             print(f"{name}: {len(steps)} steps, {(said - steps[0]) / 60:.1f} of "
                   f"{config.minutes:g} minutes", file=sys.stderr)
         return loss(*args)
-    changed = {module: {key: other for key, other in others.items() if hasattr(module, key)}
-               for module in (rd, data)}
-    with (mock.patch.multiple(rd, Journal=mock.MagicMock(), **changed[rd]),
-          mock.patch.multiple(data, **changed[data])):
+    with contextlib.ExitStack() as stack:
+        for key, other in {"Journal": mock.MagicMock(), **others}.items():
+            module = rd if hasattr(rd, key) else data
+            stack.enter_context(mock.patch.object(module, key, other))
         model = rd.train(replace(config, **fields), counted)
     views = load(test or config.data, scenes, 3, config.resolution, "test",
                  device=model.background.device)

@@ -154,21 +154,21 @@ def pictures(models, args, count=6):
     """Held-out pictures: the truth from another side, ours and depth; half of each filled in two
     ways, and seen from other sides."""
     for name, model in models.items():
-        views, side = held_out(model, count, 2), rd.picture_side(model)
-        images, there, poses = views.images[:, 0], views.poses[:, 1], views.poses[:, 0]
+        views = held_out(model, count, 2)
+        images, poses, there = views.images[:, 0], views.poses[:, 0], views.poses[:, 1]
         planes = rd.reconstruct(model, images)
-        shown, depth, opacity = model.render(planes, there, resolution=side)
-        behind = model.render(planes, rd.turned(poses, 160), resolution=side)[0]
+        shown, depth = rd.show(model, planes, there)
         rd.save_grid(args.out / f"{name}_reconstruct.png", {
             "input": images, "truth, another side": views.images[:, 1], "ours, there": shown,
-            "its depth": rd.opaque_depth(depth, opacity), "ours, turned by 160°": behind})
+            "its depth": depth, "ours, turned by 160°": rd.show(model, planes, poses, 160)[0]})
         masks = torch.ones_like(images[:, :1])
         masks[..., masks.shape[-1] // 2:] = 0
         rows = {"input": images, "masked": images * masks + 1 - masks}
         for k in (1, 2):
             filled, planes = rd.inpaint(model, images, masks, poses, seed=args.seed + k)
-            rows |= {f"filling {k}": filled} | {f"{k}, turned by {angle}°": model.render(
-                planes, rd.turned(poses, angle), resolution=side)[0] for angle in (40, 160)}
+            rows |= {f"filling {k}": filled} | {
+                f"{k}, turned by {angle}°": rd.show(model, planes, poses, angle)[0]
+                for angle in (40, 160)}
         rd.save_grid(args.out / f"{name}_inpaint.png", rows)
         print(f"wrote {args.out / name}_reconstruct.png and {name}_inpaint.png")
 
