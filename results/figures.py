@@ -117,6 +117,7 @@ def scores(models, args, count=256):
                                                           depth_error(model, views[:64]))
         rows.append((name, len(views), shown[0], f"**{shown[1]}**", *shown[2:], f"{trained:.2f}",
                      *depths))
+        print(*rows[-1], sep=" | ", file=sys.stderr)            # the table comes after all of them
         for kind, chosen in kinds_of(views).items():
             some = rd.evaluate(model, views[chosen.to(views.images.device)])
             kinds.append((name, kind, len(chosen), *("{psnr:.2f} / {ssim:.3f}".format(**some[key])
@@ -181,6 +182,7 @@ def generation(models, args, count=128, **options):
     for name, model in models.items():
         for total, new in zip((rows, kinds), judge(name, model, count, **options)):
             total += new
+            print(*new, sep="\n", file=sys.stderr)              # the tables come after all of them
     print(f"up to {count} scenes of each kind, two pictures of each; told: 50 % is chance, +- "
           f"{100 * math.sqrt(0.5 / count):.0f} %; solidness: mean opacity where the object is")
     table(*rows)

@@ -318,6 +318,7 @@ def test_figures_are_made(monkeypatch, tmp_path, capsys, checkpoint):
     """All figures of a small model by its file, one of clevr1_blender's, and t_r on other data."""
     other = tmp_path / "other.pt"
     rd.save_checkpoint(other, small_model(data="clevr1_blender"))
+    monkeypatch.setattr(judge, "told_apart", partial(judge.told_apart, steps=2))
     few = dict(turn=dict(frames=3), generation=dict(readable=256, steps=20),
                t_r=dict(levels=(0, 20)), inpainting=dict(fillings=2),
                steps=dict(calls=(1, 2), readable=256))
@@ -325,13 +326,13 @@ def test_figures_are_made(monkeypatch, tmp_path, capsys, checkpoint):
                                              for name, make in figures.FIGURES.items()})
     out, both = tmp_path / "out", ["--out", str(tmp_path / "out"), "--checkpoint", checkpoint,
                                    str(other)]
-    figures.main(["scores", "turn", "pictures", "t_r", "inpainting", "--scenes", "3", *both])
+    figures.main(["scores", "turn", "pictures", "t_r", "inpainting", "--scenes", "2", *both])
     figures.main(["generation", "steps", "--scenes", "64", *both])
     made = {path.name: Image.open(path).size for path in out.iterdir()}
     assert set(made) == {f"{name}_{what}" for name in ("mine", "other") for what in (
         "turn.gif", "reconstruct.png", "inpaint.png", "t_r.png", "t_r_pictures.png", "holes.png",
         "steps.png")}
-    assert made["mine_turn.gif"] == (384, 128)
+    assert made["mine_turn.gif"] == (256, 128)
     text = capsys.readouterr().out
     assert text.count("|---") > 40 and "read rightly, real" in text and "| metal |" in text
     figures.main(["t_r", "--scenes", "2", "--data", "clevr1_blender", "--checkpoint", checkpoint])
