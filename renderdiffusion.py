@@ -59,9 +59,6 @@ def option(default, text, least=0, most=1e9, among=None):
                                                             among=among))
 
 
-SIDES = 16, 32, 64, 128, 256        # of pictures: halved, each ends in 4
-
-
 @dataclasses.dataclass
 class Config:
     """What a training depends on: `train`'s options, saved in every checkpoint.
@@ -72,9 +69,9 @@ class Config:
     data: str = option("clevr1", "a built-in set, a name in subsets/, or a path")
     scenes: int = option(0, "scenes to train on; 0: all there are, of built-in sets fresh ones")
     views: int = option(1, "pictures of a scene, each on its own", 1)
-    resolution: int = option(32, "image side S", among=SIDES)
+    resolution: int = option(32, "image side S", among=(16, 32, 64, 128, 256))
     # model
-    plane_size: int = option(32, "triplane side N", among=(*SIDES, 512))
+    plane_size: int = option(32, "triplane side N", among=(16, 32, 64, 128, 256, 512))
     plane_channels: int = option(16, "triplane features C", 1, 1024)
     unet_channels: int = option(48, "the U-Net's channels at side 16, a multiple of 16", 16, 1024)
     unet_blocks: int = option(1, "residual blocks a stage at sides of 16 and more", 1, 16)
@@ -193,12 +190,10 @@ class UNet(nn.Module):
     """The encoder e: x_t (B, 3, S, S), t (B,) -> planes (B, 3C, N, N). It is not told the camera.
 
     Stages are named by their side: S / 2, ..., 8, 4 on the way down, 4, 8, ..., N / 2 up again,
-    with skips, added, and the last doubling without: a plane's texel lies in the world, a pixel
-    before the camera, so there is nothing to copy. A stage's width goes by its side alone, and
-    each of side 16 or more has its own way in and out: a stem sees the picture averaged down to
-    twice the side, a head gives planes of twice the side, which are doubled and added to what
-    larger heads give. So the network of a small picture is part of that of a larger one, and
-    grows into it (`grow`): what a larger picture adds starts at zero.
+    with skips, added. A stage's width goes by its side alone, and each of side 16 or more has its
+    own way in and out: a stem sees the picture averaged down to twice the side, a head gives planes
+    of twice the side, and smaller planes are doubled and added. So the network of a small picture
+    is part of that of a larger one, and grows into it (`grow`): what that one adds starts at zero.
     """
 
     def __init__(self, config):
@@ -263,14 +258,10 @@ class UNet(nn.Module):
                 h = block(h, emb)
             if side in self.head:
                 new = self.head[side](F.interpolate(h, scale_factor=2))
-                planes = new if planes is None else new + double(planes)
+                # doubled as `sample_triplanes` reads them: outermost texels stay at -1 and 1
+                planes = new if planes is None else new + F.interpolate(
+                    planes, scale_factor=2, mode="bilinear", align_corners=True)
         return planes                                                          # (B, 3C, N, N)
-
-
-def double(planes):
-    """Planes (B, C, N, N) -> (B, C, 2N, 2N): as `sample_triplanes` reads them, so the same field
-    (but between texels, where the doubled ones have more corners)."""
-    return F.interpolate(planes, scale_factor=2, mode="bilinear", align_corners=True)
 
 
 # ---- Triplanes and MLP: points -> density and colour -------------------------------------------
@@ -330,15 +321,10 @@ def composite(density, color, deltas, background):
     optical_depth = density * deltas
     # what lies before each sample; on GPUs a product is much faster than a cumulative sum
     K = density.shape[-1]
-    before = optical_depth @ torch.ones(K, K, device=density.device).triu(1)
+    before = optical_depth @ density.new_ones(K, K).triu(1)
     weights = torch.exp(-before) * -torch.expm1(-optical_depth)                # T_i alpha_i
     left = 1 - weights.sum(-1, keepdim=True)
     return (weights[..., None] * color).sum(-2) + left * background, weights
-
-
-def stratified(count, jitter):
-    """The middle of each of `count` equal parts of [0, 1], or by jitter (..., count) anywhere."""
-    return (torch.arange(count, device=jitter.device) + jitter) / count
 
 
 def importance_samples(edges, weights, u):
@@ -377,14 +363,16 @@ def march(field, origins, directions, samples, fine_samples, background, jitter=
         """Each sample stands for what is nearer to it than to its neighbours."""
         return torch.cat([near, (t[..., 1:] + t[..., :-1]) / 2, far], dim=-1)  # (B, R, K+1)
 
-    t = near + (far - near) * stratified(samples, jitter[..., :samples])
+    # one in each of so many equal parts (stratified): u in [0, 1]
+    u = (torch.arange(samples, device=near.device) + jitter[..., :samples]) / samples
+    t = near + (far - near) * u
     density, color = evaluate(t)
     if fine_samples:
         edges = intervals(t)
         with torch.no_grad():
             _, weights = composite(density, color, edges.diff(dim=-1), background)
-            u = stratified(fine_samples, jitter[..., samples:])
-            t_fine = importance_samples(edges, weights, u)
+            u = torch.arange(fine_samples, device=near.device) + jitter[..., samples:]
+            t_fine = importance_samples(edges, weights, u / fine_samples)
         density_fine, color_fine = evaluate(t_fine)
         t, order = torch.sort(torch.cat([t, t_fine], dim=-1), dim=-1)
         density = torch.cat([density, density_fine], dim=-1).gather(-1, order)
@@ -422,16 +410,12 @@ class RenderDiffusion(nn.Module):
             planes = self.unet(x_t, t)
         return planes.float().reshape(len(x_t), 3, -1, N, N)
 
-    def field(self, planes, points):
-        """Planes (B, 3, C, N, N) at points (B, P, 3) -> density (B, P), colour (B, P, 3)."""
-        return self.mlp(points, sample_triplanes(planes, points))
-
     def march(self, planes, origins, directions, jitter=None, fine=True):
         """Rays (B, R, 3) through planes -> rgb (B, R, 3) in [0, 1], depth, opacity (B, R); without
         importance samples if not `fine`. jitter: as for the function of this name.
         """
-        return march(lambda points: self.field(planes, points), origins, directions,
-                     self.config.samples, self.config.fine_samples if fine else 0,
+        return march(lambda points: self.mlp(points, sample_triplanes(planes, points)), origins,
+                     directions, self.config.samples, self.config.fine_samples if fine else 0,
                      self.background, jitter)
 
     def render(self, planes, poses, focal=None, resolution=None, fine=True):
@@ -502,11 +486,6 @@ def denoising_loss(model, x0, poses, source=None):
     return compare(x0_hat, target)
 
 
-def progress_of(config, step, seconds):
-    """How much of a training is done: 0 to 1, by the clock if `minutes` are given."""
-    return seconds / 60 / config.minutes if config.minutes else step / config.steps
-
-
 def learning_rate(config, step, done):
     """Warm-up over 100 steps, then constant, and a linear fall over the last 30 %."""
     return config.lr * min(1, (step + 1) / 100, max(0.02, (1 - done) / 0.3))
@@ -522,18 +501,14 @@ def update_average(ema, model, step, decay=0.999):
 def train(config, loss=denoising_loss):
     """Train from single posed pictures -> the averaged model, in eval mode.
 
-    Writes OUT/DATA.pt at the start and every two minutes, with samples and a line of OUT/DATA.csv
-    beside it. Ctrl-C or a crash loses what came after; `resume` goes on from there. A checkpoint
-    that is there is never overwritten. Under torchrun each process has scenes of its own and
-    gradients are averaged. ValueError or OSError for what cannot be trained or written,
-    FloatingPointError when loss or weights are no longer finite. `loss`: as `denoising_loss`.
+    Writes OUT/DATA.pt at the start and every two minutes; Ctrl-C or a crash loses what came after,
+    and `resume` goes on from there. A checkpoint that is there is never overwritten. Under torchrun
+    each process has scenes of its own and gradients are averaged. ValueError or OSError for what
+    cannot be trained or written, FloatingPointError when loss or weights are no longer finite.
     """
-    path = training_path(config)
-    if path.exists() != config.resume:
-        raise ValueError(f"there is {'no' if config.resume else 'a'} checkpoint {path}: " + (
-            "leave --resume away" if config.resume else "go on with it by --resume, or give "
-            "another --out"))
-    device = pick_device(config.device)
+    path, device = training_path(config), pick_device(config.device)
+    if path.exists() and not config.resume:
+        raise ValueError(f"{path} is there: go on with it by --resume, or give another --out")
     rank, world = join_processes(device)
     draw, camera = training_pictures(config, device, rank, world)
     config = dataclasses.replace(config, **camera)
@@ -698,11 +673,10 @@ def inpaint(model, images, masks, poses=None, steps=20, jump_length=5, jump_n_sa
     RePaint (Lugmayr et al. 2022, algorithm 1) as its code has it: before each step down, the known
     pixels are set to the picture noised to the level of x_t; each jump up noises everything. (The
     paper's line 5 misprints that noise's factor; it is sqrt(1 - alpha_bar).) Beyond RePaint, each
-    step also goes down `guidance` times a gradient (`guidance_gradient`), or else what fills a
-    large hole ignores what is round it. At the end the known pixels are put back as they are, and
-    this picture is encoded at t = 0: it shows the known part exactly, the planes reconstruct it.
-    Poses (B, 4, 4) are found where None. ValueError for masks that do not fit, or that hide
-    nothing or everything.
+    step also goes down `guidance` times a gradient, or else what fills a large hole ignores what is
+    round it. At the end the known pixels are put back, and this picture is encoded at t = 0.
+    Poses (B, 4, 4) are found where None. ValueError for masks that do not fit, or hide nothing or
+    everything.
     """
     if masks.shape != (shape := (len(images), 1, *images.shape[2:])):
         raise ValueError(f"masks must be {shape} to fit the images, not {tuple(masks.shape)}")
@@ -1000,6 +974,15 @@ def grow(model, weights):
         if its != ours and not grows.get(name):
             raise ValueError(f"the weights have {name} = {its}, which cannot become {ours}")
     model.load_state_dict(weights.state_dict(), strict=False)
+    for side, stem in model.unet.stem.items():      # a skip new to a trained stage starts at zero
+        if side not in weights.unet.stem and side in weights.unet.up:
+            nn.init.zeros_(stem.weight)
+            nn.init.zeros_(stem.bias)
+
+
+def progress_of(config, step, seconds):
+    """How much of a training is done: 0 to 1, by the clock if `minutes` are given."""
+    return seconds / 60 / config.minutes if config.minutes else step / config.steps
 
 
 class Journal:
@@ -1054,9 +1037,10 @@ class Journal:
             print(f"  warning: all rays {'miss' if filled < 0.5 else 'end in'} the volume; if it "
                   "stays so, train anew with a lower --lr")
         table = self.path.with_suffix(".csv")
-        text = table.read_text() if table.exists() else "step,minutes,loss,input_psnr,novel_psnr\n"
-        text += ",".join([str(step), f"{minutes:.2f}", f"{self.mean:.5f}", *row]) + "\n"
-        write(table, lambda file: file.write(text.encode()))
+        heads = b"step,minutes,loss,input_psnr,novel_psnr\n"
+        before = table.read_bytes() if table.exists() else heads
+        line = ",".join([str(step), f"{minutes:.2f}", f"{self.mean:.5f}", *row]) + "\n"
+        write(table, lambda file: file.write(before + line.encode()))
         save_grid(self.path.with_suffix(".png"), {"samples": images})
 
 
@@ -1072,7 +1056,7 @@ def pick_device(name):
             F.grid_sample(planes, planes.detach().expand(1, 2, 2, 2).permute(0, 2, 3, 1),
                           align_corners=True).sum().backward()
             return planes.device
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
+        except Exception as error:                  # each kind of device has its own
             said = f"device {name!r} cannot be used: {first_line(error)}"
             print(said * (name != names[-1]), file=sys.stderr)
     raise ValueError(said)
@@ -1113,7 +1097,8 @@ def join_processes(device):
                 raise ValueError(f"{torch.cuda.device_count()} GPUs cannot have more processes: "
                                  "lower --nproc_per_node")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))    # "cuda" means it from here on
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        nccl = device.type == "cuda" and torch.distributed.is_nccl_available()  # Linux alone
+        torch.distributed.init_process_group("nccl" if nccl else "gloo")
     return int(os.environ.get("RANK", 0)), world
 
 
@@ -1204,7 +1189,7 @@ def surface_points(model, planes, poses, resolution=64):
     points, unit normals and colours in [0, 1], each (P, 3).
     """
     parts = []
-    for pose in progress(poses, len(poses), "surface"):
+    for pose in progress(poses.to(planes), len(poses), "surface"):
         origins, directions = camera_rays(pose[None], model.config.focal, resolution)
         _, far = ray_interval(origins, directions)
         with torch.no_grad():
@@ -1213,7 +1198,7 @@ def surface_points(model, planes, poses, resolution=64):
         points = (origins + t[..., None] * directions)[opacity > 0.5][None]    # (1, P, 3)
         with torch.inference_mode(False), torch.enable_grad():
             points = points.clone().requires_grad_()
-            density, color = model.field(planes.clone(), points)
+            density, color = model.mlp(points, sample_triplanes(planes.clone(), points))
             normal = -torch.autograd.grad(density.sum(), points)[0]            # out of the matter
         parts.append(torch.stack([points.detach(), F.normalize(normal, dim=-1), color.detach()]))
     return torch.cat(parts, dim=2)[:, 0]                                       # (3, P, 3)
@@ -1268,8 +1253,6 @@ def input_pictures(model, args, hide=lambda images: None):
 
 def run_generate(model, args, name="generate"):
     """New scenes, each seen from four more sides."""
-    if args.count * max(128, 2 * model.config.resolution) > 65535:
-        raise ValueError(f"--count {args.count} makes a GIF wider than 65,535 pixels: lower it")
     poses = turn_poses(model, 0, args.count)
     _, planes = generate(model, poses, args.steps, args.eta, args.seed)
     finish({"generated": show(model, planes, poses)[0]} | views_around(model, planes, poses),
@@ -1278,19 +1261,23 @@ def run_generate(model, args, name="generate"):
 
 def run_reconstruct(model, args, name="reconstruct", gif=True):
     """3D from one picture, seen from its own camera and from others, beside the truth if known."""
+    def mark(t_r):
+        return f", t_r = {t_r}" * (len(args.t_r) > 1)
+
     images, poses, others, truths, _ = input_pictures(model, args)
-    rows = {"input": images} | {f"view {v}, truth": truths[v] for v in range(len(truths[:2]))}
-    for t_r in args.t_r:
-        planes = reconstruct(model, images, poses, t_r, args.steps, args.seed)
-        mark = f", t_r = {t_r}" * (len(args.t_r) > 1)
-        rows |= {f"reconstructed{mark}": show(model, planes, poses)[0]}
-        rows |= {f"view {v}{mark}": show(model, planes, others[v])[0]
-                 for v in range(len(others[:2]))}
-        if args.image is None:      # a photograph's PSNR has nothing to be compared with
-            dB = [psnr(to_unit(model.render(planes, pose)[0]), to_unit(truth)).mean()
-                  for pose, truth in zip([poses, *others], [images, *truths])]
-            novel = f", {sum(dB[1:]) / len(others):.2f} dB novel views" if others else ""
-            print(f"t_r = {t_r}: PSNR {dB[0]:.2f} dB input view{novel}")
+    found = {t_r: reconstruct(model, images, poses, t_r, args.steps, args.seed)
+             for t_r in args.t_r}
+    rows = {"input": images} | {f"reconstructed{mark(t_r)}": show(model, planes, poses)[0]
+                                for t_r, planes in found.items()}
+    for v, (other, truth) in enumerate(zip(others[:2], truths), 1):
+        rows |= {f"side {v}, truth": truth} | {
+            f"side {v}{mark(t_r)}": show(model, planes, other)[0] for t_r, planes in found.items()}
+    for t_r, planes in found.items() if args.image is None else ():     # of a photograph PSNR has
+        dB = [psnr(to_unit(model.render(planes, pose)[0]), to_unit(truth)).mean()   # no scale
+              for pose, truth in zip([poses, *others], [images, *truths])]
+        novel = f", {sum(dB[1:]) / len(others):.2f} dB novel views" if others else ""
+        print(f"t_r = {t_r}: PSNR {dB[0]:.2f} dB input view{novel}")
+    planes = found[args.t_r[-1]]
     around = views_around(model, planes, poses, () if truths else (40, 80, 160, 240))
     finish(rows | around, model, planes, args.out, name, gif)
 
@@ -1300,14 +1287,14 @@ def run_inpaint(model, args, name="inpaint", gif=True):
     def hide(images):
         masks, S = torch.ones_like(images[:, :1]), images.shape[-1]
         if args.mask is None:
-            masks[..., S // 2:] = 0             # the right half
+            masks[..., :S * 9 // 16, :] = 0     # the upper half, of most objects too
         else:
             size = args.image and open_picture(args.image).size
             masks[:] = read_mask(args.mask, S, size, args.fit)
         return masks
 
     images, poses, _, _, masks = input_pictures(model, args, hide)
-    rows = {"input": images, "masked": images * masks + 1 - masks}
+    rows = {"input": images, "hidden in part": images * masks - 0.5 * (1 - masks)}
     for k in range(args.fillings):
         filled, planes = inpaint(model, images, masks, poses, args.steps, seed=args.seed + k)
         mark = f"filling {k + 1}" if args.fillings > 1 else "filled"
@@ -1390,7 +1377,7 @@ OPTIONS = {     # of the commands but `train`, whose options are the fields of `
     "azimuth": dict(type=number(float, -360, 360), help="of its camera in degrees; else found"),
     "elevation": dict(type=number(float, -90, 90), help="of its camera in degrees; else found"),
     "t-r": dict(type=int, nargs="+", default=[0], help="noise levels to reconstruct from, 0 to T"),
-    "mask": dict(help="mask file, white = keep; else the right half is filled"),
+    "mask": dict(help="mask file, white = keep; else the upper half is filled"),
     "fillings": dict(type=number(int, 1, 100), default=1, help="in how many ways"),
     "data": dict(help="a built-in set, a name in subsets/ or a path; else the model's own"),
     "scenes": dict(type=number(int, 1), default=64, help="held-out scenes"),
@@ -1416,6 +1403,8 @@ def parse(argv):
         sub.set_defaults(run=run, parser=sub)
         for name in ("checkpoint out seed device " + names).split() if run != run_train else ():
             sub.add_argument(f"--{name}", **OPTIONS[name])
+        if run == run_reconstruct:
+            sub.set_defaults(steps=None)            # by its t_r
         for field in dataclasses.fields(Config) if run == run_train else ():
             if field.name in GROUPS:
                 group = sub.add_argument_group(GROUPS[field.name])
@@ -1443,7 +1432,10 @@ def main(argv=None):
         Path(args.out).mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=args.out):           # says now, before the work, if it cannot
             pass
-        return args.run(load_checkpoint(args.checkpoint, pick_device(args.device)), args)
+        model = load_checkpoint(args.checkpoint, pick_device(args.device))
+        if getattr(args, "count", 1) * max(128, 2 * model.config.resolution) > 65535:
+            raise ValueError(f"--count {args.count} makes a GIF wider than 65,535 pixels: lower it")
+        return args.run(model, args)
     except (ValueError, OSError, FloatingPointError) as error:
         said = first_line(error)
     except KeyboardInterrupt:
