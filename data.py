@@ -90,9 +90,8 @@ class Views:
 
     def to(self, device):
         """The same on another device."""
-        return replace(self, images=self.images.to(device), poses=self.poses.to(device),
-                       background=self.background.to(device),
-                       depth=None if self.depth is None else self.depth.to(device))
+        return replace(self, **{name: field.to(device) for name, field in vars(self).items()
+                                if torch.is_tensor(field)})
 
     def __getitem__(self, scenes):
         """The scenes of a slice, a list or an index tensor; one scene is `views[i:i + 1]`."""
@@ -149,24 +148,19 @@ def inverse(matrix):
 
 
 def intersect(kind, o, d):
-    """Where rays o + t d (3, M) enter and leave a unit primitive: (M,), (M,); a miss if near > far.
-
-    All three are convex, so a hit is one interval, and a cylinder's is a tube's cut with a slab's.
-    """
-    if kind != SPHERE:
-        d = torch.where(d.abs() < 1e-9, 1e-9, d)
-        a, b = (-1 - o) / d, (1 - o) / d
-        near, far = torch.minimum(a, b), torch.maximum(a, b)                      # (3, M)
-        if kind == BOX:
-            return near.amax(0), far.amin(0)
-    n = 3 if kind == SPHERE else 2
-    dd = (d[:n] * d[:n]).sum(0)
-    middle = -(o[:n] * d[:n]).sum(0) / dd
-    q = o[:n] + middle * d[:n]                          # the ray's closest point to centre or axis
-    half = ((1 - (q * q).sum(0)) / dd).sqrt()           # NaN for a miss: it compares as false
-    if kind == SPHERE:
-        return middle - half, middle + half
-    return torch.maximum(middle - half, near[2]), torch.minimum(middle + half, far[2])
+    """Where rays o + t d (3, M) enter and leave a unit primitive: (M,), (M,); a miss unless near <
+    far. It is flat along its last axes and round along its first `n`; all three are convex."""
+    n = {BOX: 0, CYLINDER: 2, SPHERE: 3}[kind]
+    d = torch.where(d.abs() < 1e-9, 1e-9, d)
+    a, b = (-1 - o[n:]) / d[n:], (1 - o[n:]) / d[n:]
+    near, far = torch.minimum(a, b), torch.maximum(a, b)                          # (3 - n, M)
+    if n:
+        dd = (d[:n] * d[:n]).sum(0)
+        middle = -(o[:n] * d[:n]).sum(0) / dd
+        q = o[:n] + middle * d[:n]                      # the ray's closest point to centre or axis
+        half = ((1 - (q * q).sum(0)) / dd).sqrt()       # NaN for a miss: it compares as false
+        near, far = torch.cat([near, (middle - half)[None]]), torch.cat([far, (middle + half)[None]])
+    return near.amax(0), far.amin(0)
 
 
 def nearby_pixels(corners, poses, focal, side):
@@ -901,16 +895,17 @@ def mix(x):
     return (x >> 16) ^ x
 
 
-class Draw:
-    """Random numbers for scenes (N,): a hash of (seed, stream, scene, which number).
+class Sketch:
+    """N scenes in the making: random numbers, and the primitives that are added to all or some.
 
-    So scene i of a seed is the same whatever the batch, the order or the device.
+    A number is a hash of (seed, stream, scene, which number): scene i of a seed is the same
+    whatever the batch, the order or the device.
     """
 
     def __init__(self, seed, scene, stream=0):
-        self.key, self.count = mix(mix(mix(seed) ^ stream) ^ mix(scene)), 0
+        self.key, self.count, self.parts = mix(mix(mix(seed) ^ stream) ^ mix(scene)), 0, []
 
-    def __call__(self, low=0.0, high=1.0):
+    def draw(self, low=0.0, high=1.0):
         """(N,) floats in [low, high)."""
         self.count += 1
         bits = mix(self.key ^ mix(self.count)) >> 8                     # 24 bits: exact in float32
@@ -918,7 +913,7 @@ class Draw:
 
     def pick(self, options):
         """(N,) integers in 0..options-1."""
-        return (self() * options).long()
+        return (self.draw() * options).long()
 
     def row(self, table):
         """(N, ...) rows of a table."""
@@ -926,18 +921,11 @@ class Draw:
 
     def either(self, chance, a, b):
         """(N, D) rows of a, with this chance, or else of b."""
-        return torch.where(self()[:, None] < chance, a, b)
-
-
-class Parts:
-    """Collects the primitives of N scenes; each that is added goes into all of them, or some."""
-
-    def __init__(self, like):
-        self.like, self.rows = like, []                                 # like: any tensor (N,)
+        return torch.where(self.draw()[:, None] < chance, a, b)
 
     def columns(self, *values):
         """Numbers and (N,) tensors as one (N, len(values))."""
-        return torch.stack([torch.zeros_like(self.like) + v for v in values], -1)
+        return torch.stack([self.key * 0.0 + v for v in values], -1)
 
     def add(self, kind, center, half, color, present=True, shine=0.0,
             x=(1, 0, 0), y=(0, 1, 0), z=(0, 0, 1)):
@@ -946,11 +934,10 @@ class Parts:
         Slanted axes shear it. All are numbers or (N,) tensors in tuples; color may be (N, 3).
         """
         axes = torch.stack([self.columns(*a) for a in (x, y, z)], -1) * self.columns(*half)[:, None]
-        color = color if torch.is_tensor(color) else self.columns(*color)
-        present = torch.ones_like(self.like, dtype=torch.bool) & present
         to_world = torch.cat([axes, self.columns(*center)[..., None]], -1)              # (N, 3, 4)
-        self.rows.append((torch.where(present, kind, EMPTY), to_world, color,
-                          self.columns(shine)[:, 0]))
+        self.parts.append((torch.where((self.key >= 0) & present, kind, EMPTY), to_world,
+                           color if torch.is_tensor(color) else self.columns(*color),
+                           self.columns(shine)[:, 0]))
 
     def wing(self, root, tip, chords, thick, color, present=True, shine=0.0):
         """A slab that tapers from one chord (along x) around `root` to a smaller around `tip`.
@@ -964,42 +951,37 @@ class Parts:
             self.add(BOX, [(a + b) / 2 for a, b in zip(*ends)], (1, 1, 1), color, present, shine,
                      (chords[1] / 2, 0, 0), thick, [(b - a) / 2 for a, b in zip(*ends)])
 
-    def scenes(self, ground, background):
-        return Scenes(*(torch.stack(column, 1) for column in zip(*self.rows)), ground, background)
-
 
 CLEVR_COLORS = [[c / 255 for c in color] for color in (
     (87, 87, 87), (173, 35, 35), (42, 75, 215), (29, 105, 20),          # grey, red, blue, green
     (129, 74, 25), (129, 38, 192), (41, 208, 208), (255, 238, 51))]     # brown purple cyan yellow
 
 
-def clevr_object(parts, draw, x, y, r, ground, present=True, kinds=(SPHERE, BOX, CYLINDER)):
+def clevr_object(s, x, y, r, ground, present=True, kinds=(SPHERE, BOX, CYLINDER)):
     """One of CLEVR's objects of size r (N,): any shape, colour, material and turn about z."""
-    kind, color, metal = draw.row(kinds), draw.row(CLEVR_COLORS), draw.pick(2)
-    turn = draw(-math.pi, math.pi)
-    half = torch.where(kind == BOX, r / math.sqrt(2), r)
-    parts.add(kind, (x, y, ground + half), (half, half, half), color, present, 0.35 * metal,
-              x=(turn.cos(), turn.sin(), 0), y=(-turn.sin(), turn.cos(), 0))
+    kind, color, metal = s.row(kinds), s.row(CLEVR_COLORS), s.pick(2)
+    turn, half = s.draw(-math.pi, math.pi), torch.where(kind == BOX, r / math.sqrt(2), r)
+    s.add(kind, (x, y, ground + half), (half, half, half), color, present, 0.35 * metal,
+          x=(turn.cos(), turn.sin(), 0), y=(-turn.sin(), turn.cos(), 0))
 
 
-def build_clevr1(parts, draw, ground, **kinds):
+def build_clevr1(s, ground, **kinds):
     """One object in the middle."""
-    clevr_object(parts, draw, 0, 0, torch.where(draw() < 0.5, 0.35, 0.44), ground, **kinds)
+    clevr_object(s, 0, 0, torch.where(s.draw() < 0.5, 0.35, 0.44), ground, **kinds)
 
 
-def build_clevr(parts, draw, ground):
+def build_clevr(s, ground):
     """One to four objects, each at the first of 24 random places that is clear of the others."""
-    number, placed = 1 + draw.pick(4), []
+    number, placed = 1 + s.pick(4), []
     for i in range(4):
-        r = torch.where(draw() < 0.5, 0.17, 0.28)
-        places = torch.stack([parts.columns(draw(-0.6, 0.5), draw(-0.6, 0.5))
-                              for _ in range(24)])                                # (24, N, 2)
+        r = torch.where(s.draw() < 0.5, 0.17, 0.28)
+        places = torch.stack([s.columns(s.draw(-0.6, 0.5), s.draw(-0.6, 0.5)) for _ in range(24)])
         clear = (i < number).expand(24, -1)                                       # (24, N)
         for place, radius, there in placed:
             clear = clear & ~(there & ((places - place).norm(dim=-1) < r + radius + 0.04))
         place = places[clear.int().argmax(0), torch.arange(len(r), device=r.device)]      # (N, 2)
         placed.append((place, r, clear.any(0)))
-        clevr_object(parts, draw, *place.unbind(1), r, ground, clear.any(0))
+        clevr_object(s, *place.unbind(1), r, ground, clear.any(0))
 
 
 ALONG_X = dict(x=(0, 1, 0), y=(0, 0, 1), z=(1, 0, 0))           # where a cylinder's axis points
@@ -1017,23 +999,23 @@ CARS = [    # half length, half width, wheel, belt line, roof, cabin's ends at f
     (0.78, 0.36, 0.145, 0.31, 0.47, -0.56, 0.34, -0.28, 0.04, 2)]       # sports car, a spoiler
 
 
-def build_cars(parts, draw, ground):
+def build_cars(s, ground):
     """A car of one of six types: body, cabin, windows, wheels, lights, in one or two colours."""
-    add, paint, other = parts.add, draw.row(PAINT), draw.row(PAINT)
-    L, W, wheel, belt, roof, foot0, foot1, top0, top1, extra = draw.row(CARS).unbind(1)
+    add, draw, paint, other = s.add, s.draw, s.row(PAINT), s.row(PAINT)
+    L, W, wheel, belt, roof, foot0, foot1, top0, top1, extra = s.row(CARS).unbind(1)
     L, W, top1 = L * draw(0.95, 1.0), W * draw(0.94, 1.06), top1 + draw(-0.03, 0.05)
     low, belt, roof = ground + 0.09, ground + belt, ground + roof * draw(0.96, 1.05)
     foot, top, middle = (foot0 + foot1) / 2, (top0 + top1) / 2, (belt + roof) / 2
     h, nose = (roof - belt) / 2, draw(0.02, 0.10)
-    cabin, skirt = draw.either(0.25, other, paint), draw.either(0.5, draw.row([BLACK]), paint)
+    cabin, skirt = s.either(0.25, other, paint), s.either(0.5, s.row([BLACK]), paint)
 
     chords = 2 * L, 2 * L - nose
-    parts.wing((0, 0, low), (-nose / 2, 0, belt), chords, (0, W, 0), paint, True, 0.3)
+    s.wing((0, 0, low), (-nose / 2, 0, belt), chords, (0, W, 0), paint, True, 0.3)
     add(BOX, (0, 0, low + 0.03), (L + 0.02, W + 0.01, 0.03), skirt)
     chords = foot1 - foot0, top1 - top0
-    parts.wing((foot, 0, belt), (top, 0, roof), chords, (0, 0.88 * W, 0), cabin, True, 0.3)
+    s.wing((foot, 0, belt), (top, 0, roof), chords, (0, 0.88 * W, 0), cabin, True, 0.3)
     chords = foot1 - foot0 - 0.16, top1 - top0 - 0.06                           # the side windows
-    parts.wing((foot, 0, belt + 0.2 * h), (top, 0, roof - 0.36 * h), chords, (0, 0.9 * W, 0), GLASS,
+    s.wing((foot, 0, belt + 0.2 * h), (top, 0, roof - 0.36 * h), chords, (0, 0.9 * W, 0), GLASS,
                True, 0.3)
     add(BOX, (top, 0, middle), (0.02, 0.905 * W, h), cabin)                     # between the doors
     for x, slant in ((foot0 + top0 - 0.02, top0 - foot0), (foot1 + top1 + 0.02, top1 - foot1)):
@@ -1058,12 +1040,12 @@ CLOTH = [WHITE, WHITE, WHITE, GREY, (0.85, 0.74, 0.55), (0.55, 0.33, 0.16), (0.1
          (0.80, 0.04, 0.05), (0.10, 0.25, 0.70), (0.10, 0.50, 0.40), (0.93, 0.75, 0.20)]
 
 
-def build_chairs(parts, draw, ground):
+def build_chairs(s, ground):
     """A chair on legs, a foot or a block, with one of four backs, some with arms or a cushion."""
-    add, base, back, frame = parts.add, draw.row([0, 0, 0, 1, 2, 3]), draw.pick(4), draw.row(CLOTH)
-    legs, star, disc, block = (base == i for i in range(4))
+    add, draw, base, back = s.add, s.draw, s.row([0, 0, 0, 1, 2, 3]), s.pick(4)
+    frame, (legs, star, disc, block) = s.row(CLOTH), (base == i for i in range(4))
     d, w, up, high = draw(0.32, 0.42), draw(0.32, 0.44), draw(0.55, 0.72), draw(0.50, 0.75)
-    cloth, metal = (draw.either(0.6, frame, draw.row(table)) for table in (CLOTH, [STEEL]))
+    cloth, metal = (s.either(0.6, frame, s.row(table)) for table in (CLOTH, [STEEL]))
     thin, splay, thick = draw(0.025, 0.05), draw(-0.02, 0.14), torch.where(block, 0.12, 0.045)
     is_round, leg = (draw() < 0.2) & ~block, torch.where(thin < 0.0375, CYLINDER, BOX)
     seat, middle, cushion = ground + up, ground + up / 2, (draw() < 0.4) & ~is_round | block
@@ -1110,14 +1092,14 @@ PLANES = [  # radius, half length, wing: x of root and tip, span, chords, height
     (0.085, 0.80, -0.22, -0.45, 0.52, 0.72, 0.24, -0.02, 3)]            # delta fighter: inside
 
 
-def build_planes(parts, draw, ground):
+def build_planes(s, ground):
     """A plane of one of six types, low over the ground: fuselage, wings, tail, engines."""
-    add, z, accent, fin = parts.add, ground + 0.34, draw.row(PAINT), draw(0.20, 0.28)
-    r, L, root, tip, span, root_chord, tip_chord, high, engines = draw.row(PLANES).unbind(1)
+    add, draw, z, accent, fin = s.add, s.draw, ground + 0.34, s.row(PAINT), s.draw(0.20, 0.28)
+    r, L, root, tip, span, root_chord, tip_chord, high, engines = s.row(PLANES).unbind(1)
     airliner, jet, propeller, fighter = (engines == i for i in range(4))
     r, span, tip = r * draw(0.9, 1.15), span * draw(0.88, 1.0), tip + draw(-0.05, 0.05)
-    body = draw.either(0.5, draw.row([WHITE]), draw.row(PAINT))
-    wings, tail = draw.either(0.6, body, accent), draw.either(0.5, body, accent)
+    body = s.either(0.5, s.row([WHITE]), s.row(PAINT))
+    wings, tail = s.either(0.6, body, accent), s.either(0.5, body, accent)
 
     add(CYLINDER, (0.1 * L, 0, z), (r, r, 0.55 * L), body, True, 0.2, **ALONG_X)
     add(SPHERE, (0.65 * L, 0, z), (0.35 * L, r, r), body, True, 0.2)
@@ -1129,12 +1111,12 @@ def build_planes(parts, draw, ground):
     level = z + torch.where(jet, r + fin - 0.02, 0.3 * r)       # a jet's stabiliser is on its fin
     for y in (-1, 1):
         end = (tip, y * span, z + high + 0.05 * ~fighter)
-        parts.wing((root, 0, z + high), end, (root_chord, tip_chord), (0, 0, 0.016), wings)
+        s.wing((root, 0, z + high), end, (root_chord, tip_chord), (0, 0, 0.016), wings)
         foot, end = (0.1 - L, 0, level), (0.02 - L, y * 0.28, level)
-        parts.wing(foot, end, (0.20, 0.10), (0, 0, 0.012), tail, ~fighter)
+        s.wing(foot, end, (0.20, 0.10), (0, 0, 0.012), tail, ~fighter)
         out = 0.12 * y * fighter                                # a fighter has two fins
         foot, end = (0.14 - L, out, z), (0.02 - L, 1.3 * out, z + r + fin)
-        parts.wing(foot, end, (0.28, 0.14), (0, 0.014, 0), tail, fighter | (y > 0))
+        s.wing(foot, end, (0.28, 0.14), (0, 0.014, 0), tail, fighter | (y > 0))
         for k, some in ((0.34, airliner), (0.62, airliner & (fin > 0.25))):     # two or four
             x = root + k * (tip - root) + 0.5 * root_chord * (1 - k)
             at = (x, y * k * span, z + high - 0.06)
@@ -1150,7 +1132,7 @@ def build_planes(parts, draw, ground):
 @dataclass
 class BuiltIn:
     """A built-in set; its cameras look at the origin from all azimuths."""
-    build: Callable             # adds the primitives of scenes: build(parts, draw, ground)
+    build: Callable             # adds the primitives of scenes: build(sketch, ground)
     ground: float               # height of the ground plane
     background: tuple           # colour of the lit ground, in [0, 1]
     elevation: tuple            # of the cameras: lowest and highest, in degrees
@@ -1168,27 +1150,19 @@ SETS = {
 SETS["cubes"] = replace(SETS["clevr1"], build=partial(build_clevr1, kinds=(BOX,)))
 
 
-def built_in(name):
-    """The set of this name; a ValueError lists the names there are."""
-    if name not in SETS:
-        raise ValueError(f"there is no built-in set {name!r}: choose one of {', '.join(SETS)}")
-    return SETS[name]
-
-
 def random_poses(name, scenes, views=1, seed=0, start=0, device="cpu"):
     """Poses (N, V, 4, 4) of a built-in set's cameras for scenes start..start+N-1."""
-    about, scene = built_in(name), torch.arange(start, start + scenes, device=device)
-    draws = [Draw(seed, scene, stream=1 + view) for view in range(views)]
+    about, scene = SETS[name], torch.arange(start, start + scenes, device=device)
+    draws = [Sketch(seed, scene, stream=1 + view).draw for view in range(views)]
     return torch.stack([orbit(d(0, 360), d(*about.elevation), about.radius) for d in draws], 1)
 
 
 def random_scenes(name, scenes, seed=0, start=0, device="cpu"):
     """`Scenes` start..start+N-1 of a built-in set."""
-    about = built_in(name)
-    draw = Draw(seed, torch.arange(start, start + scenes, device=device))
-    parts = Parts(draw.key.float())
-    about.build(parts, draw, about.ground)
-    return parts.scenes(about.ground, about.background)
+    about, sketch = SETS[name], Sketch(seed, torch.arange(start, start + scenes, device=device))
+    about.build(sketch, about.ground)
+    columns = (torch.stack(column, 1) for column in zip(*sketch.parts))
+    return Scenes(*columns, about.ground, about.background)
 
 
 def synthetic(name, scenes, views=1, resolution=64, seed=0, device="cpu", start=0, samples=2,
@@ -1198,13 +1172,12 @@ def synthetic(name, scenes, views=1, resolution=64, seed=0, device="cpu", start=
     Scene i and its view v are the same whatever else is asked for. samples: anti-aliasing by
     samples x samples rays a pixel. Without `depth`, which takes time, `Views.depth` is None.
     """
-    about = built_in(name)
+    if name not in SETS:
+        raise ValueError(f"there is no built-in set {name!r}: choose one of {', '.join(SETS)}")
     check_counts(scenes=scenes, views=views, resolution=resolution, samples=samples)
-    if torch.device(device).type == "mps":                              # it lacks scatter_reduce
-        return synthetic(name, scenes, views, resolution, seed, "cpu", start, samples,
-                         depth).to(device)
-    poses = random_poses(name, scenes, views, seed, start, device)
-    images, depths = trace(random_scenes(name, scenes, seed, start, device), poses, about.focal,
+    about, where = SETS[name], "cpu" if torch.device(device).type == "mps" else device
+    poses = random_poses(name, scenes, views, seed, start, where)
+    images, depths = trace(random_scenes(name, scenes, seed, start, where), poses, about.focal,
                            resolution, samples, depth)
-    background = torch.tensor(about.background, device=device) * 2 - 1
-    return Views(images, poses, about.focal, background, name, depth=depths)
+    background = torch.tensor(about.background) * 2 - 1
+    return Views(images, poses, about.focal, background, name, depth=depths).to(device)
