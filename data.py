@@ -189,8 +189,8 @@ def trace_chunk(scenes, scene, poses, focal, side, shaded):
         scenes.kind, scenes.to_world, scenes.color, scenes.shine))
     to_world = to_world.permute(1, 2, 0)                                          # (3, 4, M)
     to_object = inverse(to_world)
-    signs = torch.cartesian_prod(*[poses.new_tensor([-1, 1])] * 3)
-    corners = torch.stack([linear(to_world, s[:, None]) for s in signs], 1) + to_world[:, 3:]
+    signs = torch.cartesian_prod(*[poses.new_tensor([-1, 1])] * 3).T              # (3, 8)
+    corners = linear(to_world[..., None, :], signs[..., None]) + to_world[:, 3:]  # (3, 8, M)
 
     def candidates(corners):
         """Kind by kind, pairs of a primitive and a ray (in 0..B*R-1) that may meet."""
@@ -201,17 +201,19 @@ def trace_chunk(scenes, scene, poses, focal, side, shaded):
                 one = take(chosen, one)
                 yield k, one, take(image, one) * side ** 2 + pixel
 
+    def crossing(k, one, start, direction):
+        """Where world rays (3, K) enter and leave primitives (K,), all of one kind."""
+        matrix = take(to_object, one)
+        return intersect(k, linear(matrix, start) + matrix[:, 3], linear(matrix, direction))
+
     # The first hit: the ground, or a primitive that is nearer
-    center = poses[:, :3, 3].T                                                    # (3, B)
-    direction = camera_rays(poses, focal, side)[1].permute(2, 0, 1)               # (3, B, R)
-    depth = (scenes.ground - center[2, :, None]) / direction[2]
-    depth, direction = torch.where(depth > 0, depth, math.inf).view(-1), direction.reshape(3, -1)
-    from_camera = linear(to_object, take(center, image)) + to_object[:, 3]        # (3, M)
+    center, direction = (x.permute(2, 0, 1).flatten(1) for x in camera_rays(poses, focal, side))
+    depth = (scenes.ground - center[2]) / direction[2]                            # (B*R,)
+    depth = torch.where(depth > 0, depth, math.inf)
     owner = torch.full_like(depth, -1, dtype=torch.long)            # which primitive a ray hits
     found = []
     for k, one, ray in candidates(corners):
-        along = linear(take(to_object[:, :3], one), take(direction, ray))
-        near, far = intersect(k, take(from_camera, one), along)
+        near, far = crossing(k, one, take(center, ray), take(direction, ray))
         hit = ((near < far) & (near > 0) & (near < take(depth, ray))).nonzero()[:, 0]
         found.append((near[hit], one[hit], ray[hit]))
     if found:
@@ -223,20 +225,17 @@ def trace_chunk(scenes, scene, poses, focal, side, shaded):
         return depth.view(-1, side, side)
 
     # Shadows: all that a primitive keeps the light from is between it and its shadow on the ground
-    light = poses.new_tensor(scenes.light)[:, None]
-    light = light / (light * light).sum().sqrt()                                  # (3, 1)
+    light = F.normalize(poses.new_tensor(scenes.light), dim=0)[:, None]           # (3, 1)
     drop = (corners[2] - scenes.ground) / light[2]                                # (8, M)
     swept = torch.cat([corners, corners - drop * light[..., None]], 1)            # (3, 16, M)
-    point = center.repeat_interleave(side ** 2, 1) + direction * depth            # (3, B*R)
-    to_light, lit = linear(to_object, light), torch.ones_like(depth)
+    point, lit = center + direction * depth, torch.ones_like(depth)               # (3, B*R)
     for k, one, ray in candidates(swept):
-        other = (take(owner, ray) != one) & take(depth, ray).isfinite()     # convex: none on itself
-        one, ray = one[other], ray[other]
-        matrix = take(to_object, one)
-        start = linear(matrix, take(point, ray)) + matrix[:, 3]
-        near, far = intersect(k, start, take(to_light, one))
+        other = (take(owner, ray) != one).nonzero()[:, 0]       # convex: no shadow on itself
+        one, ray = take(one, other), take(ray, other)
+        near, far = crossing(k, one, take(point, ray), light)
         lit[ray[(near < far) & (far > 1e-3)]] = 0.0
-    color = poses.new_tensor(scenes.background)[:, None] * torch.where(lit > 0, 1.0, SHADOW)
+    bright = torch.where((lit > 0) | depth.isinf(), 1.0, SHADOW)                  # so is the sky
+    color = poses.new_tensor(scenes.background)[:, None] * bright
 
     # Phong shading of the H rays that hit a primitive, with the normal of the unit primitive first
     ray = (owner >= 0).nonzero()[:, 0]                                            # (H,)
