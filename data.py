@@ -159,7 +159,8 @@ def intersect(kind, o, d):
         middle = -(o[:n] * d[:n]).sum(0) / dd
         q = o[:n] + middle * d[:n]                      # the ray's closest point to centre or axis
         half = ((1 - (q * q).sum(0)) / dd).sqrt()       # NaN for a miss: it compares as false
-        near, far = torch.cat([near, (middle - half)[None]]), torch.cat([far, (middle + half)[None]])
+        near = torch.cat([near, (middle - half)[None]])
+        far = torch.cat([far, (middle + half)[None]])
     return near.amax(0), far.amin(0)
 
 
@@ -296,9 +297,9 @@ def open_picture(path, turn=True):
             image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":       # 16 bits, or floats from 0 to 1: PIL would cut them off
             values, clear = np.asarray(image), image.info.get("transparency")
+            scale = 1 / 257 if image.mode[0] == "I" else 255 if values.max() <= 1 else 1
             if not np.isfinite(values).all():
                 raise ValueError("it has values that are not finite")
-            scale = 1 / 257 if image.mode[0] == "I" else 255 if values.max() <= 1 else 1
             image = Image.fromarray(np.uint8(np.rint(values * scale).clip(0, 255)))
             if clear is not None:
                 image.putalpha(Image.fromarray(np.uint8(255 * (values != clear))))
@@ -307,30 +308,22 @@ def open_picture(path, turn=True):
     return image
 
 
-def to_color(background):
-    """A colour in [-1, 1] as PIL's, 0 to 255."""
-    return tuple(round((b + 1) * 127.5) for b in background)
-
-
 def flatten(image, background):
-    """A PIL image as an RGB one, its alpha laid on `background` (in [-1, 1])."""
-    canvas = Image.new("RGBA", image.size, to_color(background))
+    """A PIL image in RGB, its alpha laid on `background` (in [-1, 1]), and that colour as PIL's."""
+    color = tuple(round((b + 1) * 127.5) for b in background)
+    canvas = Image.new("RGBA", image.size, color)
     canvas.alpha_composite(image.convert("RGBA"))
-    return canvas.convert("RGB")
-
-
-def to_bytes(image):
-    """A PIL image in RGB as a uint8 tensor (3, H, W)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return canvas.convert("RGB"), color
 
 
 def square(image, side, method, fit, color):
-    """A PIL image fitted into a square: fit "crop" takes its middle, "pad" lays it on a color."""
+    """A PIL image as a uint8 tensor (C, side, side): fit "crop" takes its middle, "pad" lays it on
+    a color."""
     if fit not in ("crop", "pad"):
         raise ValueError(f"fit must be crop or pad, not {fit!r}")
-    if fit == "crop":
-        return ImageOps.fit(image, (side, side), method)
-    return ImageOps.pad(image, (side, side), method, color)
+    fitted = (ImageOps.fit(image, (side, side), method) if fit == "crop" else
+              ImageOps.pad(image, (side, side), method, color))
+    return torch.from_numpy(np.array(fitted)).view(side, side, -1).permute(2, 0, 1)
 
 
 def read_image(path, resolution, background=(1.0, 1.0, 1.0), fit="crop"):
@@ -339,9 +332,8 @@ def read_image(path, resolution, background=(1.0, 1.0, 1.0), fit="crop"):
     Alpha is composited on `background` (RGB in [-1, 1]); the picture is cropped to its middle
     square, or padded to a square with fit="pad", and resized with anti-aliasing.
     """
-    image, color = flatten(open_picture(path), background), to_color(background)
-    image = square(image, resolution, Image.Resampling.LANCZOS, fit, color)
-    return to_bytes(image).float() / 127.5 - 1
+    image, color = flatten(open_picture(path), background)
+    return square(image, resolution, Image.Resampling.LANCZOS, fit, color).float() / 127.5 - 1
 
 
 def read_mask(path, resolution, size=None, fit="crop"):
@@ -360,15 +352,14 @@ def read_mask(path, resolution, size=None, fit="crop"):
     if alpha.getextrema()[0] < 255:
         opaque = np.asarray(known)[np.asarray(alpha) > 127]
         known = alpha if opaque.any() else alpha.point(lambda _: 0)
-    fitted = square(known, resolution, Image.Resampling.BOX, fit, 255)
-    fitted = torch.from_numpy(np.array(fitted))[None] > 127
+    fitted = square(known, resolution, Image.Resampling.BOX, fit, 255) > 127
     if fitted.all() or not fitted.any() or known.getextrema()[1] < 128:
         raise ValueError(f"the mask {path} hides {'nothing' if fitted.all() else 'all'}: white is "
                          "what is known, black or transparent what is to be filled")
     return fitted.float()
 
 
-# ---- Data from files: which of them, and what is wrong with them -------------------------------
+# ---- Data from files: which of them ------------------------------------------------------------
 
 def visible(folder, *patterns):
     """The paths like a pattern in a folder, in order; names that begin with a dot are nobody's."""
@@ -382,39 +373,33 @@ def split_of(name):
     return named[1] if named else ""
 
 
-def find(path, loader, split):
+def find(path, loader, split, one=False):
     """The paths by which a loader knows its scenes, of a split ("test" is val where there is none),
     and what is still to be held back: "train" or "test", or "named" where names told, or None.
 
     path: such a file, or a folder with such files or folders up to three folders down; what is a
     split itself by its name is whole. Names tell if some are test or val, and others are not.
+    `one` refuses more than one path.
     """
-    path, marks = Path(path), FORMATS[loader][1:]
+    path, marks, parts = Path(path), FORMATS[loader][1:], defaultdict(list)
     found = [path] if path.is_file() else visible(path, *marks) or visible(
         path, *("*/" * down + mark for down in (1, 2, 3) for mark in marks))
-    parts, known = defaultdict(list), set(found)
+    known = set(found)
     for file in found:
         if file.with_stem(f"{file.stem}_train") in known:           # NeRF's transforms.json of all
             continue
         # a scene's own folder may have any name; of CLEVR-567 a folder has many scenes
         folders = file.relative_to(path).parts[:-1 if loader == load_clevr567 else -2]
-        names = filter(None, map(split_of, (file.name, *folders)))
-        parts[next(names, "train")].append(file)
+        parts[next(filter(None, map(split_of, (file.name, *folders))), "train")].append(file)
     if not parts:
         raise FileNotFoundError(f"there are no scenes in {path}")
-    if len(parts) == 1:
-        return *parts.values(), None if split_of(path.name) else split
     order = ("test", "val", "train") if split == "test" else ("train", "val", "test")
-    left = "named" if split == "test" else None
-    return next(parts[name] for name in order if name in parts), left
-
-
-def find_one(path, loader, split):
-    """As `find`, for formats of one file; ValueError where there are more."""
-    (file, *others), left = find(path, loader, split)
-    if others:
-        raise ValueError(f"{path} has {file} and {others[0]}: name one of them")
-    return file, left
+    chosen = next(parts[name] for name in order if name in parts)
+    if one and len(chosen) > 1:
+        raise ValueError(f"{path} has {chosen[0]} and {chosen[1]}: name one of them")
+    if len(parts) > 1:
+        return chosen, "named" if split == "test" else None
+    return chosen, None if split_of(path.name) else split
 
 
 def hold_back(path, items, split, what="scenes"):
@@ -429,21 +414,23 @@ def hold_back(path, items, split, what="scenes"):
     return [item for i, item in enumerate(items) if (i in held) == is_test], is_test
 
 
-def named(path, function, *arguments):
-    """function(*arguments), whose errors about what is in a file get the file's name."""
+def named(job, item):
+    """job(item), whose errors about what is in a file, or a scene, get the item's name."""
     try:
-        return function(*arguments)
-    except OSError:                                             # has it already
-        raise
+        with np.errstate(all="ignore"):                     # what is not finite is refused in words
+            return job(item)
     except Exception as error:
+        if isinstance(error, OSError) or str(item) in str(error):               # has it already
+            raise
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}, "
-        raise ValueError(f"{path} is not as expected: {kind}{error}") from None
+        raise ValueError(f"{item} is not as expected: {kind}{error}") from None
 
 
 def parallel(job, items, what):
-    """[job(item) for item in items], by threads."""
+    """[named(job, item) for item in items], by threads."""
     with ThreadPoolExecutor() as pool:
-        return list(progress(pool.map(job, items), len(items), what))
+        results = pool.map(partial(named, job), items)
+        return list(progress(results, len(items), what))
 
 
 def check_counts(**counts):
@@ -451,14 +438,6 @@ def check_counts(**counts):
     for what, value in counts.items():
         if value is not None and not (value >= 1 and value % 1 == 0):       # NaN and inf too
             raise ValueError(f"{what} must be a whole number, at least 1, and not {value}")
-
-
-def read_numbers(path, count):
-    """The first numbers of a text file (count,)."""
-    try:
-        return np.array(path.read_text("utf-8-sig").split()[:count], dtype=float).reshape(count)
-    except ValueError:
-        raise ValueError(f"{path} should hold {count} numbers") from None
 
 
 # ---- Data from files: pictures and cameras -----------------------------------------------------
@@ -471,88 +450,85 @@ class Shot(NamedTuple):
     mask: Path | None = None                # a file that takes the place of the picture's alpha
     image: Image.Image | None = None        # the picture itself, where it has no file
 
+    def __str__(self):
+        return str(self.picture)
 
-def pose_of(shot):
-    """A shot's pose (4, 4) as its file has it."""
+
+def read_numbers(path, count):
+    """The first numbers of a text file (count,)."""
+    return named(lambda file: np.array(
+        file.read_text("utf-8-sig").split()[:count], float).reshape(count), path)
+
+
+def half_view(shot):
+    """Half the side of a shot's largest square around the principal point, at depth 1."""
+    fx, fy, cx, cy, w, h = shot.lens
+    half = np.divide([cx, w - cx, cy, h - cy], [fx, fx, fy, fy]).min()
+    if not half > 0:
+        raise ValueError("no crop has the principal point in the middle, for it is outside")
+    if not 1e-3 <= 0.5 / half <= 1e3:
+        raise ValueError(f"its focal length is {0.5 / half:.4g} widths, and not 0.001 to 1000")
+    return float(half)
+
+
+def cube_scale(shots):
+    """World units a cube unit, for a cube at the origin that is as wide as the pictures."""
+    return float(np.nanmedian([math.hypot(*shot.pose[:3, 3]) * named(half_view, shot)
+                               for shot in shots])) or 1.0
+
+
+def read_pose(shot, half, scale):
+    """A shot's pose (4, 4) in cube units; and whether its picture, whose half side at depth 1 is
+    `half`, shows the origin, and z is up. ValueError where a model can't be trained with it."""
     pose = read_numbers(shot.pose, 16) if isinstance(shot.pose, Path) else shot.pose
-    pose = named(shot.picture, np.reshape, np.array(pose, dtype=float).ravel()[:12], (3, 4))
-    return np.concatenate([pose, [[0, 0, 0, 1]]])
+    pose = np.array(pose, float).ravel()[:12].reshape(3, 4)
+    R, center = pose[:, :3], pose[:, 3] / scale
+    error, distance = abs(R.T @ R - np.eye(3)).max(), np.linalg.norm(center)
+    if not (error < 1e-3 and np.linalg.det(R) > 0 and np.isfinite(pose).all()):
+        raise ValueError(f"the pose is not a rotation and a position (by {error:.2g})")
+    if not 1e-3 <= distance <= 1e3:
+        raise ValueError(f"the camera is {distance:.4g} cube units from the origin, and not 0.001 "
+                         "to 1000: other units?")
+    x, y, z = -center @ R                                           # the origin, from the camera
+    upright = abs(R[2, 0]) < 0.35 and R[2, 1] < 0.35                # right is level, down is not up
+    return np.vstack([np.c_[R, center], [0, 0, 0, 1]]), max(abs(x), abs(y)) < half * z, upright
 
 
-def half_view(shots):
-    """Half the side of the largest square around the principal point, at depth 1 (K,)."""
-    fx, fy, cx, cy, w, h = np.array([shot.lens for shot in shots], dtype=float).T
-    half = np.minimum(np.minimum(cx, w - cx) / fx, np.minimum(cy, h - cy) / fy)
-    if not half.min() > 0:
-        raise ValueError(f"{shots[half.argmin()].picture}: no crop has the principal point in the "
-                         "middle, for it is outside")
-    return half
-
-
-def check(path, shots, poses, scale, half):
-    """Poses (K, 4, 4) in cube units with which a model can be trained; ValueError with the name of
-    a picture whose camera is none, and a line on stderr where z is not up, or cameras look away.
-
-    half: of the set's square pictures the half side (K,) at depth 1.
-    """
-    R, center = poses[:, :3, :3], poses[:, :3, 3] / scale
-    distance, focal = np.linalg.norm(center, axis=1), 0.5 / half
-    error = np.abs(np.swapaxes(R, 1, 2) @ R - np.eye(3)).max((1, 2))
-    rigid = (error < 1e-3) & (np.linalg.det(R) > 0) & np.isfinite(poses).all((1, 2))
-    for value, good, what in (
-            (error, rigid, "the pose is not a rotation and a position (by {:.2g})"),
-            (distance, abs(np.log10(distance)) <= 3, "the camera is {:.4g} cube units from the "
-             "origin, and not 0.001 to 1000: other units?"),
-            (focal, abs(np.log10(focal)) <= 3, "the focal length is {:.4g} image widths, and not "
-             "0.001 to 1000")):
-        if not good.all():
-            k = good.argmin()
-            raise ValueError(f"{path}: {shots[k].picture}: {what.format(value[k])}")
-    x, y, z = (-center[:, None] @ R)[:, 0].T                    # the origin, from the cameras
-    in_view = np.maximum(abs(x), abs(y)) < half * z
-    upright = (abs(R[:, 2, 0]) < 0.35) & (R[:, 2, 1] < 0.35)    # right is level, down is not up
-    for good, what in ((in_view, "the origin is in view"), (upright, "z is up")):
-        if good.mean() < 0.5:
-            print(f"{path}: in {good.sum()} of {len(good)} pictures {what}: other axes?",
-                  file=sys.stderr)
-    return np.concatenate([np.dstack([R, center]), poses[:, 3:]], 1)
-
-
-def read_shot(shot, half, resolution, background):
+def read_square(shot, half, resolution, background):
     """The square of a shot's picture around its principal point, uint8 (3, S, S); at depth 1 its
     half side is `half`. Pixels that are not square become so."""
     fx, fy, cx, cy, w, h = shot.lens
     image = shot.image or open_picture(shot.picture, turn=False)
     if abs(image.width * h / (image.height * w) - 1) > 0.02:
-        raise ValueError(f"{shot.picture} is {image.width} x {image.height} pixels, which does "
-                         f"not fit its camera's {w:g} x {h:g}")
+        raise ValueError(f"{image.width} x {image.height} pixels do not fit its camera's "
+                         f"{w:g} x {h:g}")
     if shot.mask:
         mask, image = open_picture(shot.mask, turn=False).convert("L"), image.convert("RGB")
         if mask.size != image.size:
-            raise ValueError(f"{shot.mask} and its picture {shot.picture} differ in size")
+            raise ValueError(f"its mask {shot.mask} has another size")
         image.putalpha(mask)
     x, y, half_w, half_h = cx / w, cy / h, half * fx / w, half * fy / h
     box = np.clip([x - half_w, y - half_h, x + half_w, y + half_h], 0, 1) * (image.size * 2)
     method = Image.Resampling.BOX if shot.image else Image.Resampling.LANCZOS
-    return to_bytes(flatten(image, background).resize((resolution,) * 2, method, tuple(box)))
+    image = flatten(image, background)[0].resize((resolution, resolution), method, tuple(box))
+    return np.moveaxis(np.array(image), 2, 0)
 
 
-@np.errstate(all="ignore")
-def read_views(path, found, shots_of, scale, split, first=None, background=(1.0, 1.0, 1.0),
-               scenes=None, views=None, resolution=64, seed=0, device="cpu"):
+def read_views(path, found, shots_of, scale, split, background=(1.0, 1.0, 1.0), scenes=None,
+               views=None, resolution=64, seed=0, device="cpu"):
     """`Views` of the first scenes of the list `found`; shots_of(scene) lists the `Shot`s of one.
 
-    scale: world units a cube unit; None: the cube is as wide as the pictures of the scene `first`.
-    split: what is held back, as `find` has it. Some views of many are evenly spread, from a start
-    that differs by scene: NMR's scenes share their cameras, and one view of each would show one
-    side of all. The crop is the largest that all pictures have room for: a set has one focal.
+    scale: world units a cube unit. split: what is held back, as `find` has it. Some views of many
+    are evenly spread, from a start that differs by scene: NMR's scenes share their cameras, and one
+    view of each would show one side of all. The crop is the largest that all pictures have room
+    for: a set has one focal. A line on stderr where z is not up, or cameras look away.
     """
     check_counts(scenes=scenes, views=views, resolution=resolution)
     if not found:
         raise FileNotFoundError(f"there are no scenes in {path}")
     chosen, held_out = hold_back(path, found, split)
     chosen = chosen[:scenes]
-    shots = parallel(lambda scene: named(scene, shots_of, scene), chosen, "scenes")
+    shots = parallel(shots_of, chosen, "scenes")
     if len(found) == 1:
         shots[0], held_out = hold_back(path, shots[0], split, "pictures")
     counts = [len(some) for some in shots]
@@ -564,21 +540,21 @@ def read_views(path, found, shots_of, scale, split, first=None, background=(1.0,
     start = [mix(mix(seed) ^ i) if V < count else 0 for i, count in enumerate(counts)]
     shots = [some[(start[i] + k * counts[i] // V) % counts[i]]
              for i, some in enumerate(shots) for k in range(V)]
-    half = named(path, half_view, shots)
-    poses = parallel(pose_of, shots, "cameras")
-    if scale is None:
-        some = named(first, shots_of, first)
-        distance = np.linalg.norm([pose_of(shot)[:3, 3] for shot in some], axis=1)
-        scale = float(np.nanmedian(distance * named(first, half_view, some))) or 1.0
-    poses, half = check(path, shots, np.array(poses), scale, half), half.min()
-    poses = torch.from_numpy(poses).float().unflatten(0, (-1, V))                  # (N, V, 4, 4)
-    images = parallel(lambda shot: read_shot(shot, half, resolution, background), shots, "pictures")
-    images = torch.stack(images).float().div_(127.5).sub_(1)        # in place: they may be many
-    return Views(images.unflatten(0, (-1, V)).to(device), poses.to(device), float(0.5 / half),
-                 torch.tensor(background, device=device), Path(path).name, scale, None, held_out)
+    half = min(named(half_view, shot) for shot in shots)
+    poses, in_view, upright, images = zip(*parallel(lambda shot: (
+        *read_pose(shot, half, scale), read_square(shot, half, resolution, background)),
+        shots, "pictures"))
+    for fine, what in (in_view, "the origin is in view"), (upright, "z is up"):
+        if sum(fine) < len(fine) / 2:
+            print(f"{path}: in {sum(fine)} of {len(fine)} pictures {what}: other axes?",
+                  file=sys.stderr)
+    images = torch.from_numpy(np.stack(images)).float().div_(127.5).sub_(1)     # in place: many
+    poses = torch.from_numpy(np.stack(poses)).float()
+    return Views(images.unflatten(0, (-1, V)), poses.unflatten(0, (-1, V)), 0.5 / half,
+                 torch.tensor(background), Path(path).name, scale, None, held_out).to(device)
 
 
-# ---- Data from files: the formats --------------------------------------------------------------
+# ---- Data from files: the formats; `split` and `how` are as `load` has them ---------------------
 
 SHAPENET_SCALE = 0.5        # how far objects reach from the origin, in the units of the files
 CLEVR_SCALE = 4.2           # for CLEVR, its objects and the shadows that our tracer gives them
@@ -591,10 +567,10 @@ def load_srn(path, split=None, **how):
     """`Views` of ShapeNet-SRN's cars or chairs [Sitzmann et al. 2019], on white.
 
     path: a folder of `<id>/{intrinsics.txt, rgb/*.png, pose/*.txt}`, or of folders `*_train`,
-    `*_val`, `*_test` of such. split and how: as `load` has them, here and in the other formats.
+    `*_val`, `*_test` of such.
     """
     def shots_of(rgb):
-        f, cx, cy, h, w = read_numbers(rgb.parent / "intrinsics.txt", 10)[[0, 1, 2, 8, 9]]
+        f, cx, cy, *_, h, w = read_numbers(rgb.parent / "intrinsics.txt", 10)
         if cx >= w:                     # an older archive states f, cx and cy for 512 pixels
             w, h = 2 * cx, 2 * cy
         pictures, poses = visible(rgb, "*.png"), visible(rgb.parent, "pose/*.txt")
@@ -618,9 +594,10 @@ def load_nmr(path, split=None, **how):
                 pose = (file[key] if (key := f"world_mat_inv_{i}") in file else
                         np.linalg.inv([*file[f"world_mat_{i}"][:3], [0, 0, 0, 1]]))
                 K = file[f"camera_mat_{i}"].astype(float)               # for pixels from -1 to 1
-                shots.append(Shot(picture, y_to_z_up @ pose[:3],
-                                  (K[0, 0], K[1, 1], K[0, 2] + 1, K[1, 2] + 1, 2, 2),
-                                  f if (f := scene / "mask" / picture.name).is_file() else None))
+                lens = K[0, 0], K[1, 1], K[0, 2] + 1, K[1, 2] + 1, 2, 2
+                mask = scene / "mask" / picture.name
+                shots.append(Shot(picture, y_to_z_up @ pose[:3], lens,
+                                  mask if mask.is_file() else None))
         return shots
     files, split = find(path, load_nmr, split)
     listed = [file.parent / name for file in files if file.suffix == ".lst"
@@ -635,12 +612,11 @@ def load_clevr567(path, split=None, **how):
     Its square pictures are squeezed from 4:3; the middle square of what they were is read.
     """
     files, split = find(path, load_clevr567, split)
-    found = defaultdict(list)
+    found, lens = defaultdict(list), (350 / 320, 350 / 240, 0.5, 0.5, 1, 1)
     for pose in files:                                          # other pictures are masks
         if scene := re.search(r"sc\d+", pose.name):
-            found[pose.parent / scene[0]].append(
-                Shot(pose.with_name(pose.name.replace("_RT.txt", ".png")), pose,
-                     (350 / 320, 350 / 240, 0.5, 0.5, 1, 1)))
+            picture = pose.with_name(pose.name.replace("_RT.txt", ".png"))
+            found[pose.parent / scene[0]].append(Shot(picture, pose, lens))
     return read_views(path, list(found), found.get, CLEVR_SCALE, split, **how)
 
 
@@ -674,7 +650,8 @@ def load_folder(path, split=None, scale=None, **how):
 
     @cache
     def shots_of(file):
-        about, shots, notes = json.loads(file.read_text("utf-8-sig")), [], set()
+        about = json.loads(file.read_text("utf-8-sig"))
+        shots, missing, notes = [], [], set()
         for frame in about["frames"]:
             key = {k: v for part in (about, frame) for k, v in part.items() if v is not None}
             model = "FISHEYE" if key.get("is_fisheye") else key.get("camera_model", "PINHOLE")
@@ -684,6 +661,7 @@ def load_folder(path, split=None, scale=None, **how):
                 notes.add("lens distortion is not corrected")
             picture = locate(file, key["file_path"])
             if not picture.is_file():
+                missing.append(key["file_path"])
                 continue
             w, h = (key["w"], key["h"]) if "w" in key and "h" in key else Image.open(picture).size
             fx, fy = focal(key, "x", w), focal(key, "y", h)
@@ -692,16 +670,18 @@ def load_folder(path, split=None, scale=None, **how):
             lens = fx or fy, fy or fx, key.get("cx", w / 2), key.get("cy", h / 2), w, h
             mask = locate(file, key["mask_path"]) if "mask_path" in key else None
             shots.append(Shot(picture, np.array(key["transform_matrix"], float) * FLIP, lens, mask))
-        if missing := len(about["frames"]) - len(shots):
-            if not shots:
-                raise FileNotFoundError(f"there is no picture {picture}, nor another of {file}")
-            notes.add(f"{missing} of {len(about['frames'])} pictures are missing")
+        if not shots:
+            raise FileNotFoundError(f"there are no pictures in {file}: its {missing[:1]} is none")
+        if missing:
+            notes.add(f"{len(missing)} of {len(about['frames'])} pictures are missing")
         for note in sorted(notes):
             print(f"{file}: {note}", file=sys.stderr)
         return shots
-    found, left = find(path, load_folder, split)
-    (first, *_), _ = find(path, load_folder, None)
-    return read_views(path, found, shots_of, scale, left, first, **how)
+    if scale is None:
+        (first, *_), _ = find(path, load_folder, None)
+        scale = cube_scale(named(shots_of, first))
+    found, split = find(path, load_folder, split)
+    return read_views(path, found, shots_of, scale, split, **how)
 
 
 def load_npz(path, split=None, resolution=64, **how):
@@ -712,9 +692,9 @@ def load_npz(path, split=None, resolution=64, **how):
     images (V, H, W, 3) from 0 to 1, poses in OpenGL's axes, focal in pixels; the cube is as wide as
     its pictures. Pictures are made smaller by area; ValueError for a larger resolution.
     """
-    file, split = find_one(path, load_npz, split)
+    (file,), split = find(path, load_npz, split, one=True)
 
-    def read():
+    def read(file):
         with np.load(file, allow_pickle=False) as arrays:
             images, poses, focal = (arrays[key] for key in ("images", "poses", "focal"))
             tiny = images.ndim == 4
@@ -732,13 +712,13 @@ def load_npz(path, split=None, resolution=64, **how):
         if resolution > min(images.shape[2:4]):
             raise ValueError(f"its pictures are smaller than {resolution} x {resolution}")
         return images, poses, float(focal) * (1 if tiny else images.shape[3]), color, tiny
-    images, poses, focal, color, tiny = named(file, read)
+    images, poses, focal, color, tiny = named(read, file)
     N, V, H, W, _ = images.shape
 
     def shots_of(i):
         return [Shot(f"{file}: images[{i}, {v}]", poses[i, v], (focal, focal, W / 2, H / 2, W, H),
                      image=Image.fromarray(images[i, v])) for v in range(V)]
-    return read_views(path, range(N), shots_of, None if tiny else 1.0, split, 0,
+    return read_views(path, range(N), shots_of, cube_scale(shots_of(0)) if tiny else 1.0, split,
                       tuple((color / 127.5 - 1).tolist()), resolution=resolution, **how)
 
 
@@ -765,22 +745,22 @@ def load_clevr(path, split=None, scenes=None, views=None, resolution=64, seed=0,
     generator wrote: `CLEVR_scenes.json`. `subsets/clevr_cameras.py` makes an .npz of the pictures.
     """
     check_counts(scenes=scenes, views=views, resolution=resolution)
-    file, left = find_one(path, load_clevr, split)
+    (file,), split = find(path, load_clevr, split, one=True)
     if (Path(path) / "images").is_dir():
         print(f"{path}: pictures are not read, layouts are drawn", file=sys.stderr)
-    layouts = named(file, lambda: list(json.loads(file.read_text("utf-8-sig"))["scenes"]))
-    layouts, held_out = hold_back(path, layouts, left)
+    layouts = named(lambda file: list(json.loads(file.read_text("utf-8-sig"))["scenes"]), file)
+    layouts, held_out = hold_back(path, layouts, split)
     if not layouts:
         raise ValueError(f"there are no scenes in {file}")
-    columns = zip(*(named(file, lambda: clevr_primitives(o["objects"])) for o in layouts[:scenes]))
-    made = Scenes(*(pad_sequence(column, True, EMPTY).to(device) for column in columns),
-                  0.0, SETS["clevr"].background)
-    poses = random_poses("clevr", len(made.kind), views or 1, -1 - seed if held_out else seed,
-                         device=device)
-    images, depth = trace(made, poses, SETS["clevr"].focal, resolution)
-    background = torch.tensor(made.background, device=device) * 2 - 1
-    return Views(images, poses, SETS["clevr"].focal, background, file.stem, CLEVR_SCALE, depth,
-                 held_out)
+    rows = named(lambda _: [clevr_primitives(o["objects"]) for o in layouts[:scenes]], file)
+    about, where = SETS["clevr"], "cpu" if torch.device(device).type == "mps" else device
+    made = Scenes(*(pad_sequence(column, True, EMPTY).to(where) for column in zip(*rows)), 0.0,
+                  about.background)
+    poses = random_poses("clevr", len(rows), views or 1, -1 - seed if held_out else seed,
+                         device=where)
+    images, depth = trace(made, poses, about.focal, resolution)
+    return Views(images, poses, about.focal, torch.tensor(about.background) * 2 - 1, file.stem,
+                 CLEVR_SCALE, depth, held_out).to(device)
 
 
 # ---- Data by its name --------------------------------------------------------------------------
