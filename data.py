@@ -135,7 +135,7 @@ def take(x, index):
 
 
 def linear(matrix, vectors):
-    """The linear part of affine matrices (3, 4, M) applied to vectors (3, M) or (3, 1)."""
+    """The linear part of affine matrices (3, 4, ..., M) applied to vectors (3, ..., M)."""
     return matrix[:, 0] * vectors[0] + matrix[:, 1] * vectors[1] + matrix[:, 2] * vectors[2]
 
 
@@ -164,22 +164,6 @@ def intersect(kind, o, d):
     return near.amax(0), far.amin(0)
 
 
-def nearby_pixels(corners, poses, focal, side):
-    """The pixels inside the box around the image of `corners` (3, 8 or 16, M), for M primitives.
-
-    Returns pairs of a primitive (0..M-1) and a pixel (0..side^2-1), so that rays that pass well
-    beside a primitive are never tested. poses (M, 4, 4) are the cameras.
-    """
-    relative = corners - poses[:, :3, 3].T[:, None]
-    x, y, z = ((poses[:, :3, i].T[:, None] * relative).sum(0) for i in range(3))  # (8, M) each
-    pixels = ((torch.stack([x, y]) / z * focal + 0.5) * side).clamp(-1, side + 1)
-    first, last = pixels.amin(1).floor() - 1, pixels.amax(1).ceil()               # (2, M)
-    behind = (z < 1e-3).any(0)[:, None]                 # partly behind the camera: every pixel
-    at = torch.arange(side, device=poses.device)
-    column, row = behind | (at >= first[..., None]) & (at <= last[..., None])     # (M, side) each
-    return (row[:, :, None] & column[:, None]).flatten(1).nonzero(as_tuple=True)
-
-
 def trace_chunk(scenes, scene, poses, focal, side, shaded):
     """Traces side x side rays an image, for images (B,) of the scenes numbered `scene` (B,).
 
@@ -194,13 +178,21 @@ def trace_chunk(scenes, scene, poses, focal, side, shaded):
     corners = linear(to_world[..., None, :], signs[..., None]) + to_world[:, 3:]  # (3, 8, M)
 
     def candidates(corners):
-        """Kind by kind, pairs of a primitive and a ray (in 0..B*R-1) that may meet."""
+        """Kind by kind, pairs of a primitive and a ray (in 0..B*R-1) inside the box around the
+        image of its `corners` (3, 8 or 16, M); rays that pass well beside it are never tested."""
+        relative = corners - poses[image, :3, 3].T[:, None]
+        x, y, z = ((poses[image, :3, i].T[:, None] * relative).sum(0) for i in range(3))  # (8, M)
+        pixels = ((torch.stack([x, y]) / z * focal + 0.5) * side).clamp(-1, side + 1)
+        first, last = pixels.amin(1).floor() - 1, pixels.amax(1).ceil()           # (2, M)
+        behind = (z < 1e-3).any(0)[:, None]         # partly behind the camera: every pixel
+        at = torch.arange(side, device=poses.device)
+        column, row = behind | (at >= first[..., None]) & (at <= last[..., None])         # (M, S)
         for k in (SPHERE, BOX, CYLINDER):
             chosen = (kind == k).nonzero()[:, 0]
-            if len(chosen):
-                one, pixel = nearby_pixels(corners[..., chosen], poses[image[chosen]], focal, side)
-                one = take(chosen, one)
-                yield k, one, take(image, one) * side ** 2 + pixel
+            some, pixel = (row[chosen, :, None] & column[chosen, None]).flatten(1).nonzero(
+                as_tuple=True)
+            one = take(chosen, some)
+            yield k, one, take(image, one) * side ** 2 + pixel
 
     def crossing(k, one, start, direction):
         """Where world rays (3, K) enter and leave primitives (K,), all of one kind."""
@@ -217,11 +209,10 @@ def trace_chunk(scenes, scene, poses, focal, side, shaded):
         near, far = crossing(k, one, take(center, ray), take(direction, ray))
         hit = ((near < far) & (near > 0) & (near < take(depth, ray))).nonzero()[:, 0]
         found.append((near[hit], one[hit], ray[hit]))
-    if found:
-        near, one, ray = (torch.cat(column) for column in zip(*found))
-        depth = depth.scatter_reduce(0, ray, near, "amin")
-        first = near == take(depth, ray)
-        owner = owner.scatter_reduce(0, ray[first], one[first], "amax")     # settles ties
+    near, one, ray = (torch.cat(column) for column in zip(*found))
+    depth = depth.scatter_reduce(0, ray, near, "amin")
+    first = near == take(depth, ray)
+    owner = owner.scatter_reduce(0, ray[first], one[first], "amax")         # settles ties
     if not shaded:
         return depth.view(-1, side, side)
 
@@ -640,43 +631,44 @@ def load_folder(path, split=None, scale=None, **how):
         name = file.parent / name.replace("\\", "/")
         return name if name.is_file() else pictures_in(name.parent).get(name.name, name)
 
-    def focal(key, axis, size):
-        length, angle = key.get(f"fl_{axis}"), key.get(f"camera_angle_{axis}")
+    def focal(frame, axis, size):
+        length, angle = frame.get(f"fl_{axis}"), frame.get(f"camera_angle_{axis}")
         if length or angle is None:
             return length
         if not 0 < angle < math.pi:
             raise ValueError(f"camera_angle_{axis} is {angle}, and has to be in radians, below pi")
         return 0.5 * size / math.tan(angle / 2)
 
+    def lens_of(frame, picture):
+        model = "FISHEYE" if frame.get("is_fisheye") else frame.get("camera_model", "PINHOLE")
+        if not re.fullmatch("(.*_)?(pinhole|perspective|opencv|radial)", model, re.I):
+            raise ValueError(f"its camera is {model}, and no pinhole: undistort the pictures")
+        size = frame.get("w"), frame.get("h")
+        w, h = Image.open(picture).size if None in size else size
+        fx, fy = focal(frame, "x", w), focal(frame, "y", h)
+        if not (fx or fy):
+            raise ValueError("it has neither camera_angle_x nor fl_x")
+        return fx or fy, fy or fx, frame.get("cx", w / 2), frame.get("cy", h / 2), w, h
+
     @cache
     def shots_of(file):
         about = json.loads(file.read_text("utf-8-sig"))
-        shots, missing, notes = [], [], set()
-        for frame in about["frames"]:
-            key = {k: v for part in (about, frame) for k, v in part.items() if v is not None}
-            model = "FISHEYE" if key.get("is_fisheye") else key.get("camera_model", "PINHOLE")
-            if not re.fullmatch("(.*_)?(pinhole|perspective|opencv|radial)", model, re.I):
-                raise ValueError(f"its camera is {model}, and no pinhole: undistort the pictures")
-            if any(key.get(k) for k in ("k1", "k2", "k3", "k4", "p1", "p2")):
-                notes.add("lens distortion is not corrected")
-            picture = locate(file, key["file_path"])
-            if not picture.is_file():
-                missing.append(key["file_path"])
-                continue
-            w, h = (key["w"], key["h"]) if "w" in key and "h" in key else Image.open(picture).size
-            fx, fy = focal(key, "x", w), focal(key, "y", h)
-            if not (fx or fy):
-                raise ValueError("it has neither camera_angle_x nor fl_x")
-            lens = fx or fy, fy or fx, key.get("cx", w / 2), key.get("cy", h / 2), w, h
-            mask = locate(file, key["mask_path"]) if "mask_path" in key else None
-            shots.append(Shot(picture, np.array(key["transform_matrix"], float) * FLIP, lens, mask))
-        if not shots:
-            raise FileNotFoundError(f"there are no pictures in {file}: its {missing[:1]} is none")
-        if missing:
-            notes.add(f"{len(missing)} of {len(about['frames'])} pictures are missing")
-        for note in sorted(notes):
-            print(f"{file}: {note}", file=sys.stderr)
-        return shots
+        frames = [{key: value for part in (about, frame) for key, value in part.items()
+                   if value is not None} for frame in about["frames"]]
+        pictures = [locate(file, frame["file_path"]) for frame in frames]
+        there = [both for both in zip(frames, pictures) if both[1].is_file()]
+        if not there:
+            raise FileNotFoundError(f"there are no pictures of {file}, such as "
+                                    f"{[str(picture) for picture in pictures[:1]]}")
+        if len(there) < len(frames):
+            print(f"{file}: {len(frames) - len(there)} of {len(frames)} pictures are missing",
+                  file=sys.stderr)
+        if any(frame.get(key) for frame in frames for key in ("k1", "k2", "k3", "k4", "p1", "p2")):
+            print(f"{file}: lens distortion is not corrected", file=sys.stderr)
+        return [Shot(picture, np.array(frame["transform_matrix"], float) * FLIP,
+                     lens_of(frame, picture),
+                     locate(file, frame["mask_path"]) if "mask_path" in frame else None)
+                for frame, picture in there]
     if scale is None:
         (first, *_), _ = find(path, load_folder, None)
         scale = cube_scale(named(shots_of, first))
