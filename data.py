@@ -803,10 +803,7 @@ def load(spec, scenes=None, views=None, resolution=64, split=None, seed=0, devic
 def test_views(config, scenes, views, device):
     """`Views` of scenes of `config.data` that training leaves out, or None where there are none, or
     a single view a scene, with which new views cannot be judged."""
-    if config.data in SETS:
-        return synthetic(config.data, scenes, max(2, views), config.resolution, -1, device,
-                         depth=False)
-    held_out = load(config.data, scenes, views, config.resolution, "test", config.seed, device)
+    held_out = load(config.data, scenes, max(2, views), config.resolution, "test", device=device)
     return held_out if held_out.held_out and held_out.images.shape[1] > 1 else None
 
 
@@ -882,13 +879,9 @@ class Sketch:
         bits = mix(self.key ^ mix(self.count)) >> 8                     # 24 bits: exact in float32
         return low + (high - low) * (bits.float() / 2 ** 24)
 
-    def pick(self, options):
-        """(N,) integers in 0..options-1."""
-        return (self.draw() * options).long()
-
     def row(self, table):
         """(N, ...) rows of a table."""
-        return torch.tensor(table, device=self.key.device)[self.pick(len(table))]
+        return torch.tensor(table, device=self.key.device)[(self.draw() * len(table)).long()]
 
     def either(self, chance, a, b):
         """(N, D) rows of a, with this chance, or else of b."""
@@ -930,7 +923,7 @@ CLEVR_COLORS = [[c / 255 for c in color] for color in (
 
 def clevr_object(s, x, y, r, ground, present=True, kinds=(SPHERE, BOX, CYLINDER)):
     """One of CLEVR's objects of size r (N,): any shape, colour, material and turn about z."""
-    kind, color, metal = s.row(kinds), s.row(CLEVR_COLORS), s.pick(2)
+    kind, color, metal = s.row(kinds), s.row(CLEVR_COLORS), s.row(range(2))
     turn, half = s.draw(-math.pi, math.pi), torch.where(kind == BOX, r / math.sqrt(2), r)
     s.add(kind, (x, y, ground + half), (half, half, half), color, present, 0.35 * metal,
           x=(turn.cos(), turn.sin(), 0), y=(-turn.sin(), turn.cos(), 0))
@@ -943,7 +936,7 @@ def build_clevr1(s, ground, **kinds):
 
 def build_clevr(s, ground):
     """One to four objects, each at the first of 24 random places that is clear of the others."""
-    number, placed = 1 + s.pick(4), []
+    number, placed = s.row((1, 2, 3, 4)), []
     for i in range(4):
         r = torch.where(s.draw() < 0.5, 0.17, 0.28)
         places = torch.stack([s.columns(s.draw(-0.6, 0.5), s.draw(-0.6, 0.5)) for _ in range(24)])
@@ -1013,7 +1006,7 @@ CLOTH = [WHITE, WHITE, WHITE, GREY, (0.85, 0.74, 0.55), (0.55, 0.33, 0.16), (0.1
 
 def build_chairs(s, ground):
     """A chair on legs, a foot or a block, with one of four backs, some with arms or a cushion."""
-    add, draw, base, back = s.add, s.draw, s.row([0, 0, 0, 1, 2, 3]), s.pick(4)
+    add, draw, base, back = s.add, s.draw, s.row([0, 0, 0, 1, 2, 3]), s.row(range(4))
     frame, (legs, star, disc, block) = s.row(CLOTH), (base == i for i in range(4))
     d, w, up, high = draw(0.32, 0.42), draw(0.32, 0.44), draw(0.55, 0.72), draw(0.50, 0.75)
     cloth, metal = (s.either(0.6, frame, s.row(table)) for table in (CLOTH, [STEEL]))
