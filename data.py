@@ -364,13 +364,12 @@ def split_of(name):
     return named[1] if named else ""
 
 
-def find(path, loader, split, one=False):
+def find(path, loader, split):
     """The paths by which a loader knows its scenes, of a split ("test" is val where there is none),
     and what is still to be held back: "train" or "test", or "named" where names told, or None.
 
     path: such a file, or a folder with such files or folders up to three folders down; what is a
     split itself by its name is whole. Names tell if some are test or val, and others are not.
-    `one` refuses more than one path.
     """
     path, marks, parts = Path(path), FORMATS[loader][1:], defaultdict(list)
     found = [path] if path.is_file() else visible(path, *marks) or visible(
@@ -386,8 +385,6 @@ def find(path, loader, split, one=False):
         raise FileNotFoundError(f"there are no scenes in {path}")
     order = ("test", "val", "train") if split == "test" else ("train", "val", "test")
     chosen = next(parts[name] for name in order if name in parts)
-    if one and len(chosen) > 1:
-        raise ValueError(f"{path} has {chosen[0]} and {chosen[1]}: name one of them")
     if len(parts) > 1:
         return chosen, "named" if split == "test" else None
     return chosen, None if split_of(path.name) else split
@@ -447,8 +444,10 @@ class Shot(NamedTuple):
 
 def read_numbers(path, count):
     """The first numbers of a text file (count,)."""
-    return named(lambda file: np.array(
-        file.read_text("utf-8-sig").split()[:count], float).reshape(count), path)
+    try:
+        return np.array(path.read_text("utf-8-sig").split()[:count], float).reshape(count)
+    except ValueError:
+        raise ValueError(f"{path} should hold {count} numbers") from None
 
 
 def half_view(shot):
@@ -684,7 +683,9 @@ def load_npz(path, split=None, resolution=64, **how):
     images (V, H, W, 3) from 0 to 1, poses in OpenGL's axes, focal in pixels; the cube is as wide as
     its pictures. Pictures are made smaller by area; ValueError for a larger resolution.
     """
-    (file,), split = find(path, load_npz, split, one=True)
+    (file, *others), split = find(path, load_npz, split)
+    if others:
+        raise ValueError(f"{path} has {file} and {others[0]}: name one of them")
 
     def read(file):
         with np.load(file, allow_pickle=False) as arrays:
@@ -737,22 +738,24 @@ def load_clevr(path, split=None, scenes=None, views=None, resolution=64, seed=0,
     generator wrote: `CLEVR_scenes.json`. `subsets/clevr_cameras.py` makes an .npz of the pictures.
     """
     check_counts(scenes=scenes, views=views, resolution=resolution)
-    (file,), split = find(path, load_clevr, split, one=True)
+    files, split = find(path, load_clevr, split)
     if (Path(path) / "images").is_dir():
         print(f"{path}: pictures are not read, layouts are drawn", file=sys.stderr)
-    layouts = named(lambda file: list(json.loads(file.read_text("utf-8-sig"))["scenes"]), file)
-    layouts, held_out = hold_back(path, layouts, split)
+    layouts = [(file, scene) for file in files for scene in named(
+        lambda file: list(json.loads(file.read_text("utf-8-sig"))["scenes"]), file)]
     if not layouts:
-        raise ValueError(f"there are no scenes in {file}")
-    rows = named(lambda _: [clevr_primitives(o["objects"]) for o in layouts[:scenes]], file)
+        raise ValueError(f"there are no scenes in {files[0]}")
+    layouts, held_out = hold_back(path, layouts, split)
+    rows = [named(lambda _: clevr_primitives(scene["objects"]), file)
+            for file, scene in layouts[:scenes]]
     about, where = SETS["clevr"], "cpu" if torch.device(device).type == "mps" else device
     made = Scenes(*(pad_sequence(column, True, EMPTY).to(where) for column in zip(*rows)), 0.0,
                   about.background)
     poses = random_poses("clevr", len(rows), views or 1, -1 - seed if held_out else seed,
                          device=where)
     images, depth = trace(made, poses, about.focal, resolution)
-    return Views(images, poses, about.focal, torch.tensor(about.background) * 2 - 1, file.stem,
-                 CLEVR_SCALE, depth, held_out).to(device)
+    return Views(images, poses, about.focal, torch.tensor(about.background) * 2 - 1,
+                 files[0].stem, CLEVR_SCALE, depth, held_out).to(device)
 
 
 # ---- Data by its name --------------------------------------------------------------------------

@@ -723,8 +723,8 @@ BAD = [
 ] + [
     (srn("intrinsics.txt", None), "intrinsics.txt"),
     (srn("pose/000001.txt", None), "2 pictures and 1 poses"),
-    (srn("intrinsics.txt", "131 64 64 0\n0 0 0\n"), "intrinsics.txt is not .* size 7 into shape"),
-    (srn("pose/000001.txt", "a pose"), "000001.txt is not .*convert string to float"),
+    (srn("intrinsics.txt", "131 64 64 0\n0 0 0\n"), "intrinsics.txt should hold 10 numbers"),
+    (srn("pose/000001.txt", "a pose"), "000001.txt should hold 16 numbers"),
     (srn("rgb/000001.png", b"\x89PNG\r\n"), "000001.png is no picture, or is damaged"),
     (srn("*/*", None), "no pictures in"),
     *((arrays(**{key: None}), f"a.npz is not as expected: KeyError, '{key}")
