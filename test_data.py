@@ -703,6 +703,7 @@ BAD = [
         (np.eye(4)[:2].tolist(), "images.1.png is not as expected"),
         ([[1, 0, 0, math.nan], *np.eye(4)[1:].tolist()], "1.png .*: the pose"),
         ([[1, 0, 0, 1e300], *np.eye(4)[1:].tolist()], "cube units from"),
+        ([[1, 0, 0, 1000.0], *np.eye(4)[1:].tolist()], "1.png .*: the camera is 1.* cube units"),
         ([[1, 0, 0, 10 ** 400], *np.eye(4)[1:].tolist()], "OverflowError"))
 ] + [(transforms(change), words) for change, words in (
     (frame(cx=-3), "1.png .*: no crop has the principal point in the middle"),
