@@ -1261,19 +1261,23 @@ def run_generate(model, args, name="generate"):
 
 def run_reconstruct(model, args, name="reconstruct", gif=True):
     """3D from one picture, seen from its own camera and from others, beside the truth if known."""
+    def mark(t_r):
+        return f", t_r = {t_r}" * (len(args.t_r) > 1)
+
     images, poses, others, truths, _ = input_pictures(model, args)
-    rows = {"input": images} | {f"view {v}, truth": truths[v] for v in range(len(truths[:2]))}
-    for t_r in args.t_r:
-        planes = reconstruct(model, images, poses, t_r, args.steps, args.seed)
-        mark = f", t_r = {t_r}" * (len(args.t_r) > 1)
-        rows |= {f"reconstructed{mark}": show(model, planes, poses)[0]}
-        rows |= {f"view {v}{mark}": show(model, planes, others[v])[0]
-                 for v in range(len(others[:2]))}
-        if args.image is None:      # a photograph's PSNR has nothing to be compared with
-            dB = [psnr(to_unit(model.render(planes, pose)[0]), to_unit(truth)).mean()
-                  for pose, truth in zip([poses, *others], [images, *truths])]
-            novel = f", {sum(dB[1:]) / len(others):.2f} dB novel views" if others else ""
-            print(f"t_r = {t_r}: PSNR {dB[0]:.2f} dB input view{novel}")
+    found = {t_r: reconstruct(model, images, poses, t_r, args.steps, args.seed)
+             for t_r in args.t_r}
+    rows = {"input": images} | {f"reconstructed{mark(t_r)}": show(model, planes, poses)[0]
+                                for t_r, planes in found.items()}
+    for v, (other, truth) in enumerate(zip(others[:2], truths), 1):
+        rows |= {f"side {v}, truth": truth} | {
+            f"side {v}{mark(t_r)}": show(model, planes, other)[0] for t_r, planes in found.items()}
+    for t_r, planes in found.items() if args.image is None else ():     # of a photograph PSNR has
+        dB = [psnr(to_unit(model.render(planes, pose)[0]), to_unit(truth)).mean()   # no scale
+              for pose, truth in zip([poses, *others], [images, *truths])]
+        novel = f", {sum(dB[1:]) / len(others):.2f} dB novel views" if others else ""
+        print(f"t_r = {t_r}: PSNR {dB[0]:.2f} dB input view{novel}")
+    planes = found[args.t_r[-1]]
     around = views_around(model, planes, poses, () if truths else (40, 80, 160, 240))
     finish(rows | around, model, planes, args.out, name, gif)
 
@@ -1283,14 +1287,14 @@ def run_inpaint(model, args, name="inpaint", gif=True):
     def hide(images):
         masks, S = torch.ones_like(images[:, :1]), images.shape[-1]
         if args.mask is None:
-            masks[..., S // 2:] = 0             # the right half
+            masks[..., :S * 9 // 16, :] = 0     # the upper half, of most objects too
         else:
             size = args.image and open_picture(args.image).size
             masks[:] = read_mask(args.mask, S, size, args.fit)
         return masks
 
     images, poses, _, _, masks = input_pictures(model, args, hide)
-    rows = {"input": images, "masked": images * masks + 1 - masks}
+    rows = {"input": images, "hidden in part": images * masks - 0.5 * (1 - masks)}
     for k in range(args.fillings):
         filled, planes = inpaint(model, images, masks, poses, args.steps, seed=args.seed + k)
         mark = f"filling {k + 1}" if args.fillings > 1 else "filled"
@@ -1373,7 +1377,7 @@ OPTIONS = {     # of the commands but `train`, whose options are the fields of `
     "azimuth": dict(type=number(float, -360, 360), help="of its camera in degrees; else found"),
     "elevation": dict(type=number(float, -90, 90), help="of its camera in degrees; else found"),
     "t-r": dict(type=int, nargs="+", default=[0], help="noise levels to reconstruct from, 0 to T"),
-    "mask": dict(help="mask file, white = keep; else the right half is filled"),
+    "mask": dict(help="mask file, white = keep; else the upper half is filled"),
     "fillings": dict(type=number(int, 1, 100), default=1, help="in how many ways"),
     "data": dict(help="a built-in set, a name in subsets/ or a path; else the model's own"),
     "scenes": dict(type=number(int, 1), default=64, help="held-out scenes"),
@@ -1399,6 +1403,8 @@ def parse(argv):
         sub.set_defaults(run=run, parser=sub)
         for name in ("checkpoint out seed device " + names).split() if run != run_train else ():
             sub.add_argument(f"--{name}", **OPTIONS[name])
+        if run == run_reconstruct:
+            sub.set_defaults(steps=None)            # by its t_r
         for field in dataclasses.fields(Config) if run == run_train else ():
             if field.name in GROUPS:
                 group = sub.add_argument_group(GROUPS[field.name])
