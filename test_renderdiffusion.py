@@ -761,88 +761,35 @@ def test_a_compiled_training_is_the_same(monkeypatch, tmp_path):
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(one.parameters(), two.parameters()))
 
 
-KILLING = f"""
-import itertools, os, random, signal, sys, time
-from types import SimpleNamespace
-import torch
-torch.set_num_threads(1)
-import renderdiffusion as rd
-clock = itertools.count(0, 121)                     # two minutes a look: it saves after each step
-rd.time = SimpleNamespace(time=lambda: next(clock))
-rd.test_views = rd.save_grid = lambda *_: None
-out, count, last, moment = sys.argv[1], int(sys.argv[2]), -1, random.Random(0)
-config, path = rd.{tiny(steps=10 ** 6)}, out + "/clevr1.pt"
-config.out = out
-for k in range(count):
-    child = os.fork()
-    if not child:
-        sys.stdout, config.resume = open(os.devnull, "w"), k > 0
-        rd.train(config)
-        os._exit(1)
-    limit, step = time.monotonic() + 60, last
-    while step <= last:                             # it has gone on; then at any moment
-        time.sleep(0.01)
-        if os.path.exists(path):
-            step = torch.load(path, weights_only=True)["step"]
-        assert time.monotonic() < limit, "it saves nothing"
-    time.sleep(moment.uniform(0, 0.3))
-    os.kill(child, signal.SIGKILL)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "it ended by itself"
-    rd.load_checkpoint(path)
-    last = torch.load(path, weights_only=True)["step"]
-    assert last >= step
-"""
-
-
-@pytest.mark.parametrize("count", [4, pytest.param(20, marks=slow)])
-def test_a_training_killed_at_random_moments_leaves_a_checkpoint_to_go_on_from(tmp_path, count):
-    """kill -9: each goes on where the one before was killed; forks of one process, to be quick."""
-    done = program(str(tmp_path), str(count), code=KILLING)
-    assert done.returncode == 0, done.stderr
-
-
-def torchrun(folder, code):
-    """Two processes that run code."""
-    (folder / "run.py").write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\n" + code)
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "run.py"],
-        capture_output=True, text=True, timeout=300, cwd=folder)
-
-
 @slow
-def test_two_processes_train_the_same_model_as_one(tmp_path):
-    """Each with half of the batch, where the loss draws nothing; both end with the same weights."""
-    code = f"""
-import os, torch, renderdiffusion as rd
-rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+@pytest.mark.parametrize("late", "01")
+def test_two_processes_train_the_same_model_as_one_and_overwrite_nothing(tmp_path, late):
+    """Each with half of the batch, where the loss draws nothing. One that comes late does not take
+    the first save of its own training for another's; what is there afterwards is not lost."""
+    (tmp_path / "run.py").write_text(f"""
+import os, sys, time
+sys.path.insert(0, {str(HERE)!r})
+import torch, renderdiffusion as rd
+rank, world = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", 1))
+time.sleep(3 * (rank == "{late}" and world == 2))
 config = rd.{tiny(fold=0, other_side=0.0)}
 config.batch, config.out = 4 // world, f"out{{world}}"
 def loss(model, x0, poses, source):
     return (model(x0, torch.zeros(len(x0)), poses) - x0).square().mean()
 torch.save(rd.train(config, loss).state_dict(), f"{{world}}_{{rank}}.pt")
-"""
-    assert torchrun(tmp_path, code).returncode == 0
-    assert subprocess.run([sys.executable, "run.py"], cwd=tmp_path, timeout=100).returncode == 0
+""")
+    two = "-m torch.distributed.run --nproc_per_node=2".split()
+    ends = [subprocess.run([sys.executable, *how, "run.py"], cwd=tmp_path, timeout=300,
+                           capture_output=True, text=True) for how in ([], two)]
+    assert [end.returncode for end in ends] == [0, 0], ends[1].stderr
     one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "2_0", "2_1"))
     assert same(dict(first), dict(second))
     assert all(torch.allclose(one[name], first[name], atol=1e-4) for name in one)
-
-
-@slow
-@pytest.mark.parametrize("late", "01")
-def test_no_order_of_processes_overwrites_a_checkpoint(tmp_path, late):
-    """One that comes late does not take the first save of its own training for another's; what was
-    there before is refused, not lost."""
-    code = f"""
-import os, time, renderdiffusion as rd
-time.sleep(3 * (os.environ["RANK"] == "{late}"))
-rd.main(["train", *{TRAIN!r}])
-"""
-    first = torchrun(tmp_path, code)
-    before = (tmp_path / "out" / "clevr1.pt").read_bytes()
-    again = torchrun(tmp_path, code)
-    assert first.returncode == 0 and again.returncode and "error: out/clevr1.pt" in again.stderr
-    assert (tmp_path / "out" / "clevr1.pt").read_bytes() == before
+    before = (tmp_path / "out2" / "clevr1.pt").read_bytes()
+    again = subprocess.run([sys.executable, *two, "run.py"], cwd=tmp_path, timeout=300,
+                           capture_output=True, text=True)
+    assert again.returncode and "out2/clevr1.pt is there: go on with it by --resume" in again.stderr
+    assert (tmp_path / "out2" / "clevr1.pt").read_bytes() == before
 
 
 # Sampling ---------------------------------------------------------------------------------------
@@ -917,9 +864,6 @@ def test_a_seed_is_a_picture_and_every_step_can_be_watched():
     times, x_t, x0_hat, depth = zip(*frames)
     assert list(times) == levels[:0:-1] and torch.equal(x_t[0], x_T)
     assert torch.equal(x0_hat[-1], images) and all(d.shape == (2, 16, 16) for d in depth)
-    for t, x, guess in zip(times[:-1], x_t, x0_hat):
-        shown = model.render(model.encode(x, t), PAIR, fine=False)[0].clamp(-1, 1)
-        assert torch.allclose(shown, guess, atol=1e-6)
 
 
 # Reconstruction ---------------------------------------------------------------------------------
@@ -947,18 +891,16 @@ def test_the_camera_is_found_where_the_planes_are_right(elevation):
         balls = torch.tensor([[0.4, 0.1, -0.2], [-0.3, 0.4, 0.0], [-0.1, -0.5, 0.3]])
         inside = torch.sigmoid(15 * (0.35 - (p[..., None, :] - balls).norm(dim=-1)))   # (B, P, 3)
         return 20.0 * inside.amax(-1), inside
-    model = tiny_model(elevation=elevation)
+    (low, high), share = elevation, torch.tensor([0.0, 0.15, 0.43, 0.57])
+    model = tiny_model(samples=24, elevation=elevation)
     model.mlp.forward = field
-    share = torch.tensor([0.0, 0.15, 0.3, 0.43, 0.57, 0.7, 0.85])
-    poses = orbit(torch.arange(7) * 51.0 - 170, elevation[0] + share * (
-        elevation[1] - elevation[0]), model.config.radius)
-    images, masks = model.render(torch.zeros(7, 3, 4, 16, 16), poses)[0], torch.ones(7, 1, 16, 16)
+    poses = orbit(torch.arange(4) * 91.0 - 170, low + share * (high - low), model.config.radius)
+    images, masks = model.render(torch.zeros(4, 3, 4, 16, 16), poses)[0], torch.ones(4, 1, 16, 16)
     masks[..., 11:] = 0
     hidden = find_poses(model, torch.where(masks > 0, images, images.flip(-1)), masks)
     for estimate, degrees in (find_poses(model, images), 2), (hidden, 6):
         cosine = (estimate[:, :3, 2] * poses[:, :3, 2]).sum(-1)
         assert torch.rad2deg(cosine.clamp(max=1).acos()).max() < degrees
-    assert torch.equal(hidden, find_poses(model, torch.where(masks > 0, images, 1.0), masks))
 
 
 # Inpainting -------------------------------------------------------------------------------------
@@ -1055,22 +997,14 @@ def test_the_encoder_is_told_fold_times_the_azimuth(fold):
     assert torch.allclose(told[0], length[:, None] ** fold * times, atol=1e-5)
 
 
-def test_planes_know_of_the_camera_fold_times_its_azimuth_alone():
-    """What is drawn cannot depend on which of four sides the compass takes for its own; no
-    picture's error bends the compass; and no state is left: a model is copied after any forward."""
-    model, x_t = tiny_model(fold=4).requires_grad_(True), torch.randn(1, 3, 16, 16)
+def test_the_compass_is_bent_by_no_pictures_error_and_leaves_no_state():
+    """A model is copied after any forward; without `fold` it has no compass."""
+    model, x_t = tiny_model().requires_grad_(True), torch.randn(1, 3, 16, 16)
     for pixels in (None, torch.arange(9)[None]):
         model.train()(x_t, 100, PAIR[:1], pixels).square().mean().backward()
         assert same(dict(copy.deepcopy(model).state_dict()), dict(model.state_dict()))
-    compass = model.unet.compass
-    assert all((p.grad is None) != name.startswith("turn.")
-               for name, p in compass.named_parameters())
-
-    def planes(azimuth):
-        compass.forward = lambda x: orbit(azimuth, 0.0, 1.0)[None, :2, 3].contiguous()
-        return model.encode(x_t, 100)
-    assert all(torch.allclose(planes(20), planes(20 + turn), atol=1e-4) for turn in (90, 180, 270))
-    assert (planes(20) - planes(65)).abs().max() > 1e-2
+    for name, weight in model.unet.compass.named_parameters():
+        assert (weight.grad is None) != name.startswith("turn.")
     assert tiny_model(fold=0).unet.compass is None
 
 
@@ -1269,14 +1203,14 @@ def test_pictures_show_what_is_there(tmp_path):
 # A GPU that is pretended ------------------------------------------------------------------------
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("planted", [None, "composite", "ssim", "camera_rays"])
+@pytest.mark.parametrize("planted", [None, "composite", "ssim", "importance_samples"])
 def test_all_tensors_are_on_the_models_device(monkeypatch, planted):
     """Followed through training, sampling, inpainting, evaluation and export on a CUDA device that
     is not there; fails where two devices meet, as planted faults show. Gradients are stand-ins, for
     autograd's own threads need the device; what is read back as numbers is 0.5."""
     from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
-    models, levels = [], rd.noise_levels
+    models, exported, levels, cuda = [], [], rd.noise_levels, torch.device("cuda")
 
     def real(config):                           # weights are made on the CPU, then moved
         with unset_fake_temporarily():
@@ -1290,41 +1224,40 @@ def test_all_tensors_are_on_the_models_device(monkeypatch, planted):
     def zero_gradients(loss):
         for weight in (p for model in models for p in model.parameters() if p.requires_grad):
             weight.grad = torch.zeros_like(weight)
-    cuda, numbers = torch.device("cuda"), lambda x: np.full(x.shape, 0.5).tolist()
-    for owner, name, value in (
-            (rd, "RenderDiffusion", real), (rd, "noise_levels", real_levels),
-            (rd, "copy", SimpleNamespace(deepcopy=lambda model: real(model.config).to(cuda))),
-            (rd, "pick_device", lambda name: cuda), (rd, "join_processes", lambda device: (1, 1)),
-            (rd, "bf16_is_fast", lambda device: False),
-            (rd, "training_pictures", lambda *_: (lambda step: (x0, poses), dict(
-                elevation=(20.0, 20.1)))),
-            (torch.Tensor, "backward", zero_gradients), (torch.Tensor, "tolist", numbers),
-            (torch.Tensor, "item", numbers), (torch.backends.cudnn, "enabled", False),
-            (torch.autograd, "grad", lambda y, x: (torch.zeros_like(x),))):
-        monkeypatch.setattr(owner, name, value)
+    replaced = {
+        "RenderDiffusion": real, "noise_levels": real_levels, "pick_device": lambda name: cuda,
+        "copy": SimpleNamespace(deepcopy=lambda model: real(model.config).to(cuda)),
+        "join_processes": lambda device: (1, 1), "bf16_is_fast": lambda device: False,
+        "training_pictures": lambda *_: (lambda step: (x0, poses), dict(elevation=(20.0, 20.1))),
+        "read_image": lambda *_: torch.rand(3, 16, 16),
+        "save_ply": lambda path, *surface: exported.extend(surface)}
     if planted:
         function = getattr(rd, planted)
-        monkeypatch.setattr(rd, planted, lambda a, *rest: function(
-            a + torch.zeros(a.shape, device="cpu"), *rest))
+        replaced[planted] = lambda a, *rest: function(a + torch.zeros(a.shape), *rest)
+    for name, value in replaced.items():
+        monkeypatch.setattr(rd, name, value)
+    for name, value in dict(backward=zero_gradients, item=lambda x: 0.5,
+                            tolist=lambda x: np.full(x.shape, 0.5).tolist()).items():
+        monkeypatch.setattr(torch.Tensor, name, value)
+    monkeypatch.setattr(torch.autograd, "grad", lambda y, x: (torch.zeros_like(x),))
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
     with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
         poses = orbit(torch.arange(4, device=cuda) * 90.0, 30.0, 2.7)
         x0, masks = torch.rand(4, 3, 16, 16, device=cuda), torch.rand(4, 1, 16, 16, device=cuda)
 
         def everything():
             model = train(tiny(steps=2, other_side_from=0.0))
-            planes, views = model.encode(x0, 0), data.Views(
-                x0[:, None].expand(4, 2, 3, 16, 16), poses[:, None].expand(4, 2, 4, 4), 1.6,
-                torch.zeros(3, device=cuda), "pretended")
+            evaluate(model, data.Views(x0[:, None].expand(4, 2, 3, 16, 16), poses[:, None].expand(
+                4, 2, 4, 4), 1.6, torch.zeros(3, device=cuda), "pretended"))
+            rd.run_export(model, SimpleNamespace(image="photo.png", fit="crop", out="."))
             return (*generate(model, poses.cpu(), 3), *generate(model, poses, 2, eta=1.0),
                     reconstruct(model, x0, poses, 500, 3), *inpaint(model, x0, masks, poses, 2),
-                    find_poses(model, x0),
-                    *rd.surface_points(model, planes[:1], poses, 16),
-                    *model.parameters()), evaluate(model, views)
+                    find_poses(model, x0), *model.parameters(), *exported)
         if planted:
             with pytest.raises(RuntimeError, match="device"):
                 everything()
         else:
-            assert {x.device.type for x in everything()[0]} == {"cuda"}
+            assert {x.device.type for x in everything()} == {"cuda"}
 
 
 # Command line -----------------------------------------------------------------------------------
@@ -1375,10 +1308,10 @@ def refused(arguments, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         rd.main(arguments)
-    out, err = capsys.readouterr()
+    err = capsys.readouterr().err
     said = [line for line in err.strip().split("\n") if "taken for" not in line]
     usage = said[0].startswith("usage: ") and (len(arguments) < 2 or f" {arguments[0]} " in said[0])
-    assert stop.value.code == 2 and "loss" not in out
+    assert stop.value.code == 2 and "Traceback" not in err
     assert (": error: " in said[-1]) if usage else (
         len(said) == 1 and said[0].startswith("error: ")), said
     return said[-1]
@@ -1416,7 +1349,7 @@ def test_picture_files_are_taken(line, desk, capsys):
     command, said = line.split()[0], capsys.readouterr().out
     assert {path.name for path in Path("new").iterdir()} == (
         {"export_1.ply"} if command == "export" else {f"{command}.png", f"{command}.gif"})
-    assert ("camera found at azimuth" in said) == ("--azimuth" not in line)
+    assert ("camera found at azimuth" in said) == (command != "export" and "--azimuth" not in line)
     assert "new/" in said.splitlines()[-1] and "dB" not in said
 
 
@@ -1465,8 +1398,8 @@ BAD_LINES = """
     train --out photo.png: photo.png | train --resume --out empty: empty | train: --resume
     train --out /proc/none: /proc/none | train --device abacus --out new: abacus
     train --resume --unet-channels 32: clevr1.pt | train --resume --fold 1: fold
-    train --init nowhere.pt --out new: nowhere.pt | train --init half.pt --out new: half.pt
-    train --init tiny.pt --resume: give one | train --init tiny.pt --fold 0 --out new: fold
+    WORLD_SIZE=2 train --out new: RANK | train --init nowhere.pt --out new: nowhere.pt
+    train --init half.pt --out new: half.pt | train --init tiny.pt --resume: give one | train --init tiny.pt --fold 0 --out new: fold
     train --init tiny.pt --resolution 32 --out new: resolution = 16"""
 
 
@@ -1475,7 +1408,9 @@ def test_bad_input_gets_one_sentence_and_costs_nothing(pair, desk, capsys, monke
     """Before any work; nothing that was there is lost."""
     line, words = re.fullmatch(r"(.*?): ?(.+)", pair).groups()
     before, arguments = contents(desk), line.split()
-    if line.startswith("train"):
+    if "=" in (arguments or [""])[0]:
+        monkeypatch.setenv(*arguments.pop(0).split("="))
+    if arguments[:1] == ["train"]:
         arguments = ["train", *TRAIN, *arguments[1:]]
     elif len(arguments) > 1 and "--checkpoint" not in line:
         arguments += ["--checkpoint", "tiny.pt"]
@@ -1499,15 +1434,11 @@ def test_a_full_disk_costs_no_earlier_file(line, desk, capsys):
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
-    """And half of what torchrun sets: in a sentence that says which."""
-    for environment, words in (
-            (dict(RANK="0"), "LOCAL_RANK, MASTER_ADDR, MASTER_PORT, WORLD_SIZE is not set.*torchrun"),
-            (dict(LOCAL_RANK="1", WORLD_SIZE="2", MASTER_ADDR="a", MASTER_PORT="1"),
-             "GPUs cannot have more processes.*--nproc_per_node")):
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        with pytest.raises(ValueError, match=words):
-            rd.join_processes(torch.device("cuda"))
+    """In a sentence that says which option to lower."""
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "99")
+    with pytest.raises(ValueError, match="--nproc_per_node"):
+        rd.join_processes(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("line, error, words", [
@@ -1526,12 +1457,12 @@ def test_what_happens_on_the_way_gets_a_sentence_too(monkeypatch, desk, capsys, 
 
 def test_help_names_every_command_and_an_example(capsys):
     """`--help` of each command ends well."""
-    for arguments in ([], *([command] for command in COMMANDS)):
+    for command in ("", *COMMANDS):
         with pytest.raises(SystemExit) as stop:
-            rd.main([*arguments, "--help"])
-        assert stop.value.code == 0
+            rd.main([*command.split(), "--help"])
         shown = capsys.readouterr().out
-        assert arguments or all(f"python renderdiffusion.py {name}" in shown for name in COMMANDS)
+        assert stop.value.code == 0 and len(shown) > 300
+        assert command or all(f"python renderdiffusion.py {name}" in shown for name in COMMANDS)
 
 
 def test_in_a_process_of_its_own(desk):
@@ -1546,8 +1477,10 @@ def test_in_a_process_of_its_own(desk):
     assert done.stderr.startswith("error: half.pt")
 
 
-def test_ctrl_c_ends_a_training_with_a_sentence_and_resume_takes_its_checkpoint(desk):
-    """What is typed again with --resume is enough; nothing is left behind."""
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_training_stopped_at_any_moment_leaves_a_checkpoint_that_resume_takes(desk, how):
+    """Ctrl-C ends with a sentence and exit code 2; kill -9 says nothing. What is not typed again is
+    the checkpoint's own."""
     process = subprocess.Popen(
         [sys.executable, str(HERE / "renderdiffusion.py"), "train", *TRAIN, "--steps", "1000000",
          "--out", "new"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -1556,9 +1489,10 @@ def test_ctrl_c_ends_a_training_with_a_sentence_and_resume_takes_its_checkpoint(
         assert time.monotonic() < limit and process.poll() is None
         time.sleep(0.05)
     time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     said = process.communicate(timeout=60)[1]
-    assert process.returncode == 2 and re.search(r"\Aerror: .*--resume\n\Z", said), said
+    assert process.returncode == (2 if how == signal.SIGINT else -9)
+    assert re.search(r"\Aerror: .*--resume\n\Z" if how == signal.SIGINT else r"\A\Z", said), said
     assert [path.name for path in Path("new").iterdir()] == ["clevr1.pt"]
     rd.main("train --resume --steps 3 --out new".split())
     assert torch.load("new/clevr1.pt", weights_only=True)["step"] == 3
@@ -1718,7 +1652,7 @@ def test_tutorial_runs_on_every_kind_of_data(tmp_path, kind):
 
 # The shipped weights ----------------------------------------------------------------------------
 
-LEAST = dict(cars=0, chairs=0, planes=0, clevr1=0, clevr1_blender=0)
+LEAST = dict(cars=26.28, chairs=26.54, planes=26.60, clevr1=34.69)      # dB, measured less 0.3
 
 
 @pytest.mark.parametrize("name", ["cars", *(pytest.param(path.stem, marks=slow) for path in sorted(
@@ -1730,7 +1664,7 @@ def test_shipped_weights_show_novel_views_of_unseen_scenes(name):
     assert scores["novel"]["psnr"] >= LEAST[name]
     assert scores["novel"]["psnr"] > max(scores["baseline_input_copied"]["psnr"],
                                          scores["baseline_mean_image"]["psnr"]) + 5
-    assert (rd.SHIPPED / f"{name}.pt").stat().st_size < 8 * 2 ** 20
+    assert (rd.SHIPPED / f"{name}.pt").stat().st_size <= 8e6
 
 
 def test_shipped_weights_generate_solid_scenes_of_many_kinds():
@@ -1751,14 +1685,11 @@ def test_shipped_weights_find_the_camera_and_fill_a_hole_in_two_ways():
     images, poses, masks = views.images[:, 0], views.poses[:, 0], torch.ones(8, 1, 64, 64)
     masks[..., 32:] = 0
 
-    def known_psnr(planes, poses, known):
-        error = (cars.render(planes, poses)[0] - images).square() / 4 * known
-        return -10 * (error.mean((1, 2, 3)) / known.mean((1, 2, 3))).log10().mean()
+    def error(planes, poses, known=masks):
+        return ((cars.render(planes, poses)[0] - images).square() * known).mean()
     planes = reconstruct(cars, images)
-    given, estimated = (known_psnr(planes, p, masks ** 0) for p in (poses, find_poses(cars, images)))
-    assert estimated > given - 1
-    (a, planes), (b, others) = (inpaint(cars, images, masks, poses, 20, seed=s) for s in (0, 1))
-    limit = known_psnr(reconstruct(cars, images), poses, masks) - 3
-    assert min(known_psnr(planes, poses, masks), known_psnr(others, poses, masks)) > limit
+    assert error(planes, find_poses(cars, images), 1) < 1.25 * error(planes, poses, 1)
+    (a, some), (b, others) = (inpaint(cars, images, masks, poses, seed=seed) for seed in (0, 1))
+    assert max(error(some, poses), error(others, poses)) < 2 * error(planes, poses)
     assert torch.equal(a * masks, images * masks)
     assert (a - b)[(masks == 0).expand_as(a)].square().mean().sqrt() > 0.05
