@@ -546,6 +546,8 @@ def train(config, loss=denoising_loss):
         step, seconds = step + 1, shared_clock(time.time() - start, world, device)
         if journal:
             journal.add(value.detach(), step, seconds, world)
+    if journal:
+        print(f"wrote {path}")
     if world > 1:
         torch.distributed.destroy_process_group()
     return ema
@@ -952,9 +954,15 @@ def resume(path, model, ema, optimizer):
     try:
         if "optimizer" not in state:
             raise ValueError("it holds weights alone; begin a training with them by --init")
+        for field in dataclasses.fields(Config)[:14]:           # data, model, T and schedule
+            if (its := state["config"][field.name]) != getattr(model.config, field.name):
+                raise ValueError(f"it was trained with {field.name} = {its!r}")
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
+        if any(value.layout != torch.strided or value.shape not in ((), weight.shape)
+               for weight, kept in optimizer.state.items() for value in kept.values()):
+            raise ValueError("its optimizer's state does not fit its weights")
         step, seconds = int(state["step"]), float(state["seconds"])
         if progress_of(model.config, step, seconds) >= 1:
             raise ValueError(f"it has had its {step} steps, {seconds / 60:.1f} minutes: give more")
@@ -1315,13 +1323,14 @@ def run_demo(model, args):
 
 def run_export(model, args):
     """Scenes, generated or from a picture, as coloured point clouds for Blender or MeshLab."""
+    config = model.config
     if args.image is None:
         _, planes = generate(model, turn_poses(model, 0, args.count), seed=args.seed)
     else:
-        planes = reconstruct(model, read_image(args.image, model.config.resolution,
-                                               model.config.background, args.fit)[None])
+        image = read_image(args.image, config.resolution, config.background, args.fit)
+        planes = reconstruct(model, image[None].to(model.background.device))
     azimuths = torch.arange(0, 360, 30.0, device=model.background.device)
-    poses = torch.cat([orbit(azimuths, e, model.config.radius) for e in (-20.0, 20.0, 60.0)])
+    poses = torch.cat([orbit(azimuths, e, config.radius) for e in (-20.0, 20.0, 60.0)])
     for i in range(len(planes)):
         path = Path(args.out) / f"export_{i + 1}.ply"
         save_ply(path, *surface_points(model, planes[i:i + 1], poses))
