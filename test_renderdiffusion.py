@@ -20,7 +20,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -424,8 +423,8 @@ def test_importance_samples_sharpen_a_thin_shell():
 
 
 EDGES = [       # origin, direction: rays that a formula for a cube gets wrong first
-    ((-3, 1, 1), (1, 0, 0)), ((1, 1, 1), (1, 0, 0)), ((1, 0, 0), (0, 1, 0)), ((1, 0, 0), (-1, 0, 0)),
-    ((3, 3, 0), (-1, 1, 0)), ((5, 0, 0), (1, 0, 0)), ((9, 9, 9), (0, 0, -1)),       # missing it
+    ((-3, 1, 1), (1, 0, 0)), ((1, 1, 1), (1, 0, 0)), ((1, 0, 0), (0, 1, 0)),
+    ((1, 0, 0), (-1, 0, 0)), ((3, 3, 0), (-1, 1, 0)), ((5, 0, 0), (1, 0, 0)), ((9, 9, 9), (0, 0, -1)),
     ((0, 0, 3), (1e-12, 0, -1)), ((1e3, 0, 0), (-1, 0, 0)), ((0, 0, 0), (0, 0, 1)),
     ((1 + 1e-7, 0, 5), (0, 0, -1)), ((1 - 1e-7, 0, 5), (0, 0, -1))]
 
@@ -1303,8 +1302,8 @@ def contents(folder):
 
 
 def refused(arguments, capsys):
-    """The sentence with which a command ends, and exit code 2; the command's own usage stands before
-    it where argparse has found a typo."""
+    """The sentence with which a command ends, and exit code 2; the command's own usage stands
+    before it where argparse has found a typo."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         rd.main(arguments)
@@ -1344,7 +1343,7 @@ def test_each_command_runs_and_names_what_it_wrote(command, desk, capsys):
     "inpaint --image photo.png --mask mask.png --steps 3 --azimuth -40 --elevation 30",
     "export --image photo.png --count 2"])
 def test_picture_files_are_taken(line, desk, capsys):
-    """The camera that is found is said; a photograph's PSNR, which nothing compares with, is not."""
+    """The camera that is found is said; the PSNR of a photograph, which has no scale, is not."""
     rd.main([*line.split(), "--checkpoint", "tiny.pt", "--out", "new"])
     command, said = line.split()[0], capsys.readouterr().out
     assert {path.name for path in Path("new").iterdir()} == (
@@ -1388,7 +1387,8 @@ BAD_LINES = """
     reconstruct --image photo.png --azimuth 10 --elevation inf: elevation
     reconstruct --image photo.png --fit squeeze: fit | reconstruct --count 0: count
     inpaint --image photo.png --mask wide.png: wide.png | inpaint --fillings 0: fillings
-    inpaint --image photo.png --mask white.png: mask | inpaint --image photo.png --mask black.png: mask
+    inpaint --image photo.png --mask white.png: mask
+    inpaint --image photo.png --mask black.png: mask
     inpaint --image photo.png --mask text.png: text.png | inpaint --steps 0: steps
     inpaint --image photo.png --mask nowhere.png: nowhere.png | evaluate --data boats: boats
     evaluate --scenes 0: scenes | evaluate --views 1: views | evaluate --t-r -1: t_r
@@ -1399,7 +1399,8 @@ BAD_LINES = """
     train --out /proc/none: /proc/none | train --device abacus --out new: abacus
     train --resume --unet-channels 32: clevr1.pt | train --resume --fold 1: fold
     WORLD_SIZE=2 train --out new: RANK | train --init nowhere.pt --out new: nowhere.pt
-    train --init half.pt --out new: half.pt | train --init tiny.pt --resume: give one | train --init tiny.pt --fold 0 --out new: fold
+    train --init half.pt --out new: half.pt | train --init tiny.pt --resume: give one
+    train --init tiny.pt --fold 0 --out new: fold
     train --init tiny.pt --resolution 32 --out new: resolution = 16"""
 
 
@@ -1524,7 +1525,7 @@ def test_init_goes_on_at_the_weights_own_size_and_grows_on_request(monkeypatch, 
 
 # README.md: everything that it shows runs -------------------------------------------------------
 
-README = re.sub(r"@@\w+@@", "1", (HERE / "README.md").read_text())     # what is still to be filled in
+README = re.sub(r"@@\w+@@", "1", (HERE / "README.md").read_text())     # what is to be filled in
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", README, re.M | re.S)
 SMALL = {           # put behind what README.md says, so that they count
     "train": "--minutes 0 --steps 2 --batch 2 --rays 16 --unet-channels 16 --samples 4",
@@ -1668,7 +1669,7 @@ def test_shipped_weights_show_novel_views_of_unseen_scenes(name):
 
 
 def test_shipped_weights_generate_solid_scenes_of_many_kinds():
-    """Not the same picture each time, nor flat, from behind either; what is kept is what is seen."""
+    """Not the same picture each time, nor flat; nor from behind."""
     cars = load_checkpoint("cars")
     poses = turn_poses(cars, 0, 4)
     images, planes = generate(cars, poses, steps=10)
