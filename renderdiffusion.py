@@ -8,14 +8,15 @@ cameras, it generates, reconstructs and inpaints scenes that can be looked at fr
 
     python renderdiffusion.py demo                       # everything, from the shipped weights
     python renderdiffusion.py train --minutes 30         # from nothing; writes out/clevr1.pt
-    python renderdiffusion.py generate --count 8
-    python renderdiffusion.py reconstruct --image photo.png --t-r 300
-    python renderdiffusion.py inpaint --image photo.png --mask mask.png
-    python renderdiffusion.py evaluate --json
-    python renderdiffusion.py export                     # coloured points (.ply)
+    python renderdiffusion.py reconstruct --image photo.png     # --help lists the other commands
 
-The paper comes first; what goes beyond it is one section, after inpainting. With `fold` and
-`other_side` 0 training is the paper's. Choices of ours: README.md, "Differences".
+  x_t, t --UNet--> planes --at points on rays--> features --MLP--> density, colour --march--> x0_hat
+   ^                                                                                            |
+   +--- training: noise x0 to x_t, compare x0_hat with x0. Sampling: x_s, s < t, from x0_hat ---+
+
+The paper comes first. What goes beyond it is one section, after inpainting: a compass that tells
+the encoder its camera (`fold`), and pictures encoded from another side (`other_side`); with 0 for
+both, training is the paper's. Choices of ours: README.md, "Differences".
 
 Conventions
     world    right-handed, z up; the scene fills the cube [-1, 1]^3, which the planes cover
@@ -545,6 +546,8 @@ def train(config, loss=denoising_loss):
         step, seconds = step + 1, shared_clock(time.time() - start, world, device)
         if journal:
             journal.add(value.detach(), step, seconds, world)
+    if journal:
+        print(f"wrote {path}")
     if world > 1:
         torch.distributed.destroy_process_group()
     return ema
@@ -741,8 +744,10 @@ class Compass(nn.Module):
         """What the encoder's stages on the way up are told: (B, 4 unet_channels). As a complex
         number to the power `fold` the estimate has that many times the angle, and one that is
         unsure, so short, is shorter still. Detached: the planes are not to bend it."""
-        z = torch.view_as_complex(self(x_t).detach()) ** self.config.fold
-        return self.turn(torch.view_as_real(z))
+        c, s = x, y = self(x_t).detach().unbind(1)
+        for _ in range(self.config.fold - 1):
+            x, y = x * c - y * s, x * s + y * c
+        return self.turn(torch.stack([x, y], dim=1))
 
 
 def compass_loss(compass, pictures, poses):
@@ -756,10 +761,10 @@ def compass_loss(compass, pictures, poses):
 @torch.no_grad()
 def from_another_side(ema, x0, poses):
     """Pictures (B, 3, S, S) to be encoded, and their poses: in a share `other_side` of them what
-    the averaged model shows of the scene from the next picture's camera, else x0 itself.
+    the averaged model shows of the scene from another picture's camera, else x0 itself.
 
-    Planes that must be right from x0's camera, made from such a picture, must hold where the
-    encoder did not look; and training still sees one view a scene.
+    What is compared stays x0 at its own camera: so planes must hold where the encoder did not look,
+    and training still sees one view a scene.
     """
     n = round(len(x0) * ema.config.other_side)
     source, seen_from = x0.clone(), poses.clone()
@@ -804,7 +809,7 @@ def evaluate(model, views, t_r=0):
     """Reconstruct view 0 of each scene, compare with all views -> dict of psnr (dB) and ssim.
 
     Keys: input (view 0), novel (the others), and for the novel views what needs no 3D at all:
-    baseline_mean_image, baseline_input_copied. ValueError for `Views` of one view a scene.
+    baseline_mean_image (of these views), baseline_input_copied. ValueError for one view a scene.
     """
     if views.images.shape[1] < 2:
         raise ValueError("evaluation needs at least 2 views a scene: the input and a novel one")
@@ -949,9 +954,15 @@ def resume(path, model, ema, optimizer):
     try:
         if "optimizer" not in state:
             raise ValueError("it holds weights alone; begin a training with them by --init")
+        for field in dataclasses.fields(Config)[:14]:           # data, model, T and schedule
+            if (its := state["config"][field.name]) != getattr(model.config, field.name):
+                raise ValueError(f"it was trained with {field.name} = {its!r}")
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
+        if any(value.layout != torch.strided or value.shape not in ((), weight.shape)
+               for weight, kept in optimizer.state.items() for value in kept.values()):
+            raise ValueError("its optimizer's state does not fit its weights")
         step, seconds = int(state["step"]), float(state["seconds"])
         if progress_of(model.config, step, seconds) >= 1:
             raise ValueError(f"it has had its {step} steps, {seconds / 60:.1f} minutes: give more")
@@ -991,7 +1002,7 @@ class Journal:
 
     def __init__(self, path, model, ema, optimizer, step):
         self.path, self.model, self.ema, self.optimizer = path, model, ema, optimizer
-        self.losses, self.mean, self.logged, self.saved = [], math.nan, time.time(), time.time()
+        self.losses, self.logged, self.saved = [], time.time(), time.time()
         self.views = test_views(ema.config, 32, 3, model.background.device)
         if step == 0:
             self.save_checkpoint(0, 0.0)            # says at once where nothing can be written
@@ -1006,24 +1017,25 @@ class Journal:
         self.losses.append(loss)
         passed, minutes = time.time() - self.logged, seconds / 60
         done = progress_of(self.ema.config, step, seconds)
-        if passed > 5 or done >= 1:
-            values = torch.stack(self.losses).tolist()                         # waits for a GPU
-            if not np.isfinite(values).all():
-                raise FloatingPointError(f"the loss is not finite by step {step}: try a lower "
-                                         f"--lr; what was saved before is in {self.path}")
-            speed = len(values) * self.ema.config.batch * world / passed
-            self.losses, self.mean, self.logged = [], float(np.mean(values)), time.time()
-            print(f"step {step}  loss {self.mean:.4f}  {speed:.0f} images/s  {minutes:.1f} min, "
-                  f"{max(0, minutes / done - minutes):.1f} left", flush=True)
+        if passed < 5 and done < 1:
+            return
+        values = torch.stack(self.losses).tolist()                             # waits for a GPU
+        if not np.isfinite(values).all():
+            raise FloatingPointError(f"the loss is not finite by step {step}: try a lower --lr; "
+                                     f"what was saved before is in {self.path}")
+        speed, mean = len(values) * self.ema.config.batch * world / passed, float(np.mean(values))
+        print(f"step {step}  loss {mean:.4f}  {speed:.0f} images/s  {minutes:.1f} min, "
+              f"{max(0, minutes / done - minutes):.1f} left", flush=True)
         if time.time() - self.saved > 120 or done >= 1:
             self.save_checkpoint(step, seconds)
             try:
-                self.judge(step, minutes)
+                self.judge(step, minutes, mean)
             except OSError as error:
                 print(f"warning: {first_line(error)}; training goes on", file=sys.stderr)
-            self.logged = self.saved = time.time()
+            self.saved = time.time()
+        self.losses, self.logged = [], time.time()
 
-    def judge(self, step, minutes):
+    def judge(self, step, minutes, loss):
         """Write OUT/DATA.png and a line of OUT/DATA.csv, and say what they show."""
         row, config = ["", ""], self.ema.config
         if self.views:
@@ -1039,7 +1051,7 @@ class Journal:
         table = self.path.with_suffix(".csv")
         heads = b"step,minutes,loss,input_psnr,novel_psnr\n"
         before = table.read_bytes() if table.exists() else heads
-        line = ",".join([str(step), f"{minutes:.2f}", f"{self.mean:.5f}", *row]) + "\n"
+        line = ",".join([str(step), f"{minutes:.2f}", f"{loss:.5f}", *row]) + "\n"
         write(table, lambda file: file.write(before + line.encode()))
         save_grid(self.path.with_suffix(".png"), {"samples": images})
 
@@ -1055,10 +1067,11 @@ def pick_device(name):
             planes = torch.ones(1, 1, 2, 2, device=name, requires_grad=True)
             F.grid_sample(planes, planes.detach().expand(1, 2, 2, 2).permute(0, 2, 3, 1),
                           align_corners=True).sum().backward()
-            return planes.device
+            return torch.device(name)               # without a number: "cuda" is this process's
         except Exception as error:                  # each kind of device has its own
             said = f"device {name!r} cannot be used: {first_line(error)}"
-            print(said * (name != names[-1]), file=sys.stderr)
+            if name != names[-1]:
+                print(said, file=sys.stderr)
     raise ValueError(said)
 
 
@@ -1085,21 +1098,17 @@ def training_path(config):
 
 
 def join_processes(device):
-    """Join those that torchrun started -> this one's number and how many there are; ValueError
-    where what torchrun sets in the environment is incomplete, or GPUs are too few."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    missing = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
-    if missing and (world > 1 or "RANK" in os.environ):
-        raise ValueError(f"{', '.join(sorted(missing))} is not set: start processes by torchrun")
-    if world > 1:
-        if device.type == "cuda":
-            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-                raise ValueError(f"{torch.cuda.device_count()} GPUs cannot have more processes: "
-                                 "lower --nproc_per_node")
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))    # "cuda" means it from here on
-        nccl = device.type == "cuda" and torch.distributed.is_nccl_available()  # Linux alone
-        torch.distributed.init_process_group("nccl" if nccl else "gloo")
-    return int(os.environ.get("RANK", 0)), world
+    """Join those that torchrun started -> this one's number and how many there are; ValueError for
+    more processes than GPUs, or, torch's own, where the environment is incomplete."""
+    if (world := int(os.environ.get("WORLD_SIZE", 1))) == 1:
+        return 0, 1
+    nccl = device.type == "cuda" and torch.distributed.is_nccl_available()     # Linux alone
+    if device.type == "cuda":
+        if (local := int(os.environ.get("LOCAL_RANK", 0))) >= torch.cuda.device_count():
+            raise ValueError(f"there are {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+        torch.cuda.set_device(local)                # what "cuda" means from here on
+    torch.distributed.init_process_group("nccl" if nccl else "gloo")
+    return torch.distributed.get_rank(), world
 
 
 def shared_clock(seconds, world, device):
@@ -1314,12 +1323,14 @@ def run_demo(model, args):
 
 def run_export(model, args):
     """Scenes, generated or from a picture, as coloured point clouds for Blender or MeshLab."""
+    config = model.config
     if args.image is None:
         _, planes = generate(model, turn_poses(model, 0, args.count), seed=args.seed)
     else:
-        planes = reconstruct(model, input_pictures(model, args)[0])
+        image = read_image(args.image, config.resolution, config.background, args.fit)
+        planes = reconstruct(model, image[None].to(model.background.device))
     azimuths = torch.arange(0, 360, 30.0, device=model.background.device)
-    poses = torch.cat([orbit(azimuths, e, model.config.radius) for e in (-20.0, 20.0, 60.0)])
+    poses = torch.cat([orbit(azimuths, e, config.radius) for e in (-20.0, 20.0, 60.0)])
     for i in range(len(planes)):
         path = Path(args.out) / f"export_{i + 1}.ply"
         save_ply(path, *surface_points(model, planes[i:i + 1], poses))
@@ -1350,6 +1361,7 @@ def run_train(args):
     elif typed.get("resume"):           # or the checkpoint's, but for where it is
         start = dataclasses.asdict(load_checkpoint(training_path(Config(**typed))).config)
         start |= dict(out=Config.out, device=Config.device)
+        start |= dict(minutes=0.0) if "steps" in typed else {}
     train(Config(**start | typed))
 
 
@@ -1387,7 +1399,7 @@ COMMANDS = {run_demo: "", run_train: "", run_generate: "count steps eta",
             run_reconstruct: "count steps image fit azimuth elevation t-r",
             run_inpaint: "count steps image fit azimuth elevation mask fillings",
             run_evaluate: "data scenes views t-r json",
-            run_export: "count image fit azimuth elevation"}
+            run_export: "count image fit"}
 GROUPS = {"data": "data", "plane_size": "model", "timesteps": "diffusion", "batch": "training"}
 
 
