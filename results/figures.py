@@ -163,7 +163,7 @@ def pictures(models, args, count=6):
             "input": images, "truth, another side": views.images[:, 1], "ours, there": shown,
             "its depth": depth, "ours, turned by 160°": rd.show(model, planes, poses, 160)[0]})
         masks = torch.ones_like(images[:, :1])
-        masks[..., masks.shape[-1] // 2:] = 0
+        masks[:, :, :masks.shape[-1] * 9 // 16] = 0             # the upper half of most objects
         rows = {"input": images, "masked": images * masks + 1 - masks}
         for k in (1, 2):
             filled, planes = rd.inpaint(model, images, masks, poses, seed=args.seed + k)
@@ -182,7 +182,7 @@ def generation(models, args, count=128, **options):
     for name, model in models.items():
         for total, new in zip((rows, kinds), judge(name, model, count, **options)):
             total += new
-            print(*new, sep="\n", file=sys.stderr)              # the tables come after all of them
+            print(*(" | ".join(row) for row in new), sep="\n", file=sys.stderr)
     print(f"up to {count} scenes of each kind, two pictures of each; told: 50 % is chance, +- "
           f"{100 * math.sqrt(0.5 / count):.0f} %; solidness: mean opacity where the object is")
     table(*rows)

@@ -12,7 +12,6 @@ but the first two kinds have an advantage over the third.
 import sys
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -108,15 +107,15 @@ def fit(images, targets, loss, steps, what, batch=64):
 
 
 @torch.no_grad()
-def train_reader(name, resolution, count=8192, steps=1500, device="cpu"):
-    """A network that reads a scene's `parameters` off a picture, taught by `count` traced pictures
-    or all training pictures of a set from files.
+def train_reader(name, resolution, readable=8192, steps=1500, device="cpu"):
+    """A network that reads a scene's `parameters` off a picture, taught by `readable` traced ones
+    or by all training pictures of a set from files.
 
     Returns two functions: describe, pictures -> features (B, 32), the principal components of the
     network's own, each of variance 1 over the teaching pictures; read, pictures -> (B, D).
     """
     if name in SETS:
-        views = synthetic(name, count, 1, resolution, READ, device, depth=False)
+        views = synthetic(name, readable, 1, resolution, READ, device, depth=False)
     else:
         views = load(name, None, 1, resolution, "train", device=device)
     images, values = views.images[:, 0], parameters(name, len(views), READ, "train").to(device)
@@ -180,13 +179,11 @@ def told_apart(images, others, steps=300):
 def solidness(model, planes, poses, ground):
     """Mean opacity where the object is (B,): of what is above the ground, so without shadows, each
     pixel weighing as much as it is opaque. 1 is solid, a ghost has less, nothing at all has 0."""
-    field = model.field
-
-    def above(planes, points):
-        density, color = field(planes, points)
-        return density * (points[..., 2] > ground + 0.03), color
-    with mock.patch.object(model, "field", above):
-        opacity = model.render(planes, poses)[2].flatten(1)                    # (B, R)
+    def above(mlp, inputs, outputs):
+        return outputs[0] * (inputs[0][..., 2] > ground + 0.03), outputs[1]
+    hook = model.mlp.register_forward_hook(above)
+    opacity = model.render(planes, poses)[2].flatten(1)                        # (B, R)
+    hook.remove()
     least = 0.002 * opacity.shape[1]            # fewer pixels than these are no object
     return opacity.square().sum(1) / opacity.sum(1).clamp(min=least)
 

@@ -218,15 +218,16 @@ def test_ghosts_are_told_from_solid_objects_and_shadows_do_not_count():
     """Balls of known density over a ground of black fog, and nothing but that ground."""
     model, density = small_model(resolution=32, samples=32, fine_samples=32), 0.0
 
-    def field(planes, points):
-        inside = points.norm(dim=-1) < 0.4
-        fog = (points[..., 2] < -0.44) & (points[..., 2] > -0.46)
-        return density * inside + 1e3 * fog, torch.zeros_like(points)
-    model.field, planes, poses = field, torch.zeros(1, 3, 4, 16, 16), orbit(0.0, 30.0, 2.7)[None]
-    found = {}
+    class World(torch.nn.Module):
+        def forward(self, points, features):
+            inside = points.norm(dim=-1) < 0.4
+            fog = (points[..., 2] < -0.44) & (points[..., 2] > -0.46)
+            return density * inside + 1e3 * fog, torch.zeros_like(points)
+    model.mlp, found = World(), {}
+    planes, poses = torch.zeros(1, 3, 4, 16, 16), orbit(0.0, 30.0, 2.7)[None]
     for density in (0.0, 0.5, 1e3):
         found[density], = judge.solidness(model, planes, poses, -0.45).tolist()
-    assert model.field is field
+    assert model.render(planes, poses)[2].max() > 0.99           # the hook is gone
     # a chord of the ball seen from afar: opacity 1 - exp(-d c), c = 2 sqrt(0.16 - r^2)
     r = torch.linspace(0, 0.4, 4001)
     opacity = 1 - torch.exp(-0.5 * 2 * (0.16 - r * r).clamp(min=0).sqrt())
@@ -321,7 +322,7 @@ def test_figures_are_made(monkeypatch, tmp_path, capsys, checkpoint):
     monkeypatch.setattr(judge, "told_apart", partial(judge.told_apart, steps=2))
     few = dict(turn=dict(frames=3), generation=dict(readable=256, steps=20),
                t_r=dict(levels=(0, 20)), inpainting=dict(fillings=2),
-               steps=dict(calls=(1, 2), readable=256))
+               steps=dict(calls=(1, 2), readable=256, steps=20))
     monkeypatch.setattr(figures, "FIGURES", {name: partial(make, **few.get(name, {}))
                                              for name, make in figures.FIGURES.items()})
     out, both = tmp_path / "out", ["--out", str(tmp_path / "out"), "--checkpoint", checkpoint,

@@ -5,6 +5,7 @@ Everything is compared with something known: a closed form, a plain loop, a dire
 import json
 import math
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 from data import (BOX, CLEVR_COLORS, CLEVR_NAMES, CLEVR_SCALE, CYLINDER, EMPTY, SETS, SPHERE,
                   Scenes, camera_rays, load, load_folder, load_srn, orbit,
