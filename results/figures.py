@@ -164,7 +164,7 @@ def pictures(models, args, count=6):
             "its depth": depth, "ours, turned by 160°": rd.show(model, planes, poses, 160)[0]})
         masks = torch.ones_like(images[:, :1])
         masks[:, :, :masks.shape[-1] * 9 // 16] = 0             # the upper half of most objects
-        rows = {"input": images, "masked": images * masks + 1 - masks}
+        rows = {"input": images, "hidden in part": images * masks - 0.5 * (1 - masks)}
         for k in (1, 2):
             filled, planes = rd.inpaint(model, images, masks, poses, seed=args.seed + k)
             rows |= {f"filling {k}": filled} | {
