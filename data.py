@@ -90,9 +90,8 @@ class Views:
 
     def to(self, device):
         """The same on another device."""
-        return replace(self, images=self.images.to(device), poses=self.poses.to(device),
-                       background=self.background.to(device),
-                       depth=None if self.depth is None else self.depth.to(device))
+        return replace(self, **{name: field.to(device) for name, field in vars(self).items()
+                                if torch.is_tensor(field)})
 
     def __getitem__(self, scenes):
         """The scenes of a slice, a list or an index tensor; one scene is `views[i:i + 1]`."""
@@ -136,7 +135,7 @@ def take(x, index):
 
 
 def linear(matrix, vectors):
-    """The linear part of affine matrices (3, 4, M) applied to vectors (3, M) or (3, 1)."""
+    """The linear part of affine matrices (3, 4, ..., M) applied to vectors (3, ..., M)."""
     return matrix[:, 0] * vectors[0] + matrix[:, 1] * vectors[1] + matrix[:, 2] * vectors[2]
 
 
@@ -149,40 +148,20 @@ def inverse(matrix):
 
 
 def intersect(kind, o, d):
-    """Where rays o + t d (3, M) enter and leave a unit primitive: (M,), (M,); a miss if near > far.
-
-    All three are convex, so a hit is one interval, and a cylinder's is a tube's cut with a slab's.
-    """
-    if kind != SPHERE:
-        d = torch.where(d.abs() < 1e-9, 1e-9, d)
-        a, b = (-1 - o) / d, (1 - o) / d
-        near, far = torch.minimum(a, b), torch.maximum(a, b)                      # (3, M)
-        if kind == BOX:
-            return near.amax(0), far.amin(0)
-    n = 3 if kind == SPHERE else 2
-    dd = (d[:n] * d[:n]).sum(0)
-    middle = -(o[:n] * d[:n]).sum(0) / dd
-    q = o[:n] + middle * d[:n]                          # the ray's closest point to centre or axis
-    half = ((1 - (q * q).sum(0)) / dd).sqrt()           # NaN for a miss: it compares as false
-    if kind == SPHERE:
-        return middle - half, middle + half
-    return torch.maximum(middle - half, near[2]), torch.minimum(middle + half, far[2])
-
-
-def nearby_pixels(corners, poses, focal, side):
-    """The pixels inside the box around the image of `corners` (3, 8 or 16, M), for M primitives.
-
-    Returns pairs of a primitive (0..M-1) and a pixel (0..side^2-1), so that rays that pass well
-    beside a primitive are never tested. poses (M, 4, 4) are the cameras.
-    """
-    relative = corners - poses[:, :3, 3].T[:, None]
-    x, y, z = ((poses[:, :3, i].T[:, None] * relative).sum(0) for i in range(3))  # (8, M) each
-    pixels = ((torch.stack([x, y]) / z * focal + 0.5) * side).clamp(-1, side + 1)
-    first, last = pixels.amin(1).floor() - 1, pixels.amax(1).ceil()               # (2, M)
-    behind = (z < 1e-3).any(0)[:, None]                 # partly behind the camera: every pixel
-    at = torch.arange(side, device=poses.device)
-    column, row = behind | (at >= first[..., None]) & (at <= last[..., None])     # (M, side) each
-    return (row[:, :, None] & column[:, None]).flatten(1).nonzero(as_tuple=True)
+    """Where rays o + t d (3, M) enter and leave a unit primitive: (M,), (M,); a miss unless near <
+    far. It is flat along its last axes and round along its first `n`; all three are convex."""
+    n = {BOX: 0, CYLINDER: 2, SPHERE: 3}[kind]
+    d = torch.where(d.abs() < 1e-9, 1e-9, d)
+    a, b = (-1 - o[n:]) / d[n:], (1 - o[n:]) / d[n:]
+    near, far = torch.minimum(a, b), torch.maximum(a, b)                          # (3 - n, M)
+    if n:
+        dd = (d[:n] * d[:n]).sum(0)
+        middle = -(o[:n] * d[:n]).sum(0) / dd
+        q = o[:n] + middle * d[:n]                      # the ray's closest point to centre or axis
+        half = ((1 - (q * q).sum(0)) / dd).sqrt()       # NaN for a miss: it compares as false
+        near = torch.cat([near, (middle - half)[None]])
+        far = torch.cat([far, (middle + half)[None]])
+    return near.amax(0), far.amin(0)
 
 
 def trace_chunk(scenes, scene, poses, focal, side, shaded):
@@ -195,54 +174,60 @@ def trace_chunk(scenes, scene, poses, focal, side, shaded):
         scenes.kind, scenes.to_world, scenes.color, scenes.shine))
     to_world = to_world.permute(1, 2, 0)                                          # (3, 4, M)
     to_object = inverse(to_world)
-    signs = torch.cartesian_prod(*[poses.new_tensor([-1, 1])] * 3)
-    corners = torch.stack([linear(to_world, s[:, None]) for s in signs], 1) + to_world[:, 3:]
+    signs = torch.cartesian_prod(*[poses.new_tensor([-1, 1])] * 3).T              # (3, 8)
+    corners = linear(to_world[..., None, :], signs[..., None]) + to_world[:, 3:]  # (3, 8, M)
 
     def candidates(corners):
-        """Kind by kind, pairs of a primitive and a ray (in 0..B*R-1) that may meet."""
+        """Kind by kind, pairs of a primitive and a ray (in 0..B*R-1) inside the box around the
+        image of its `corners` (3, 8 or 16, M); rays that pass well beside it are never tested."""
+        relative = corners - poses[image, :3, 3].T[:, None]
+        x, y, z = ((poses[image, :3, i].T[:, None] * relative).sum(0) for i in range(3))  # (8, M)
+        pixels = ((torch.stack([x, y]) / z * focal + 0.5) * side).clamp(-1, side + 1)
+        first, last = pixels.amin(1).floor() - 1, pixels.amax(1).ceil()           # (2, M)
+        behind = (z < 1e-3).any(0)[:, None]         # partly behind the camera: every pixel
+        at = torch.arange(side, device=poses.device)
+        column, row = behind | (at >= first[..., None]) & (at <= last[..., None])         # (M, S)
         for k in (SPHERE, BOX, CYLINDER):
             chosen = (kind == k).nonzero()[:, 0]
-            if len(chosen):
-                one, pixel = nearby_pixels(corners[..., chosen], poses[image[chosen]], focal, side)
-                one = take(chosen, one)
-                yield k, one, take(image, one) * side ** 2 + pixel
+            some, pixel = (row[chosen, :, None] & column[chosen, None]).flatten(1).nonzero(
+                as_tuple=True)
+            one = take(chosen, some)
+            yield k, one, take(image, one) * side ** 2 + pixel
+
+    def crossing(k, one, start, direction):
+        """Where world rays (3, K) enter and leave primitives (K,), all of one kind."""
+        matrix = take(to_object, one)
+        return intersect(k, linear(matrix, start) + matrix[:, 3], linear(matrix, direction))
 
     # The first hit: the ground, or a primitive that is nearer
-    center = poses[:, :3, 3].T                                                    # (3, B)
-    direction = camera_rays(poses, focal, side)[1].permute(2, 0, 1)               # (3, B, R)
-    depth = (scenes.ground - center[2, :, None]) / direction[2]
-    depth, direction = torch.where(depth > 0, depth, math.inf).view(-1), direction.reshape(3, -1)
-    from_camera = linear(to_object, take(center, image)) + to_object[:, 3]        # (3, M)
+    center, direction = (x.permute(2, 0, 1).flatten(1) for x in camera_rays(poses, focal, side))
+    depth = (scenes.ground - center[2]) / direction[2]                            # (B*R,)
+    depth = torch.where(depth > 0, depth, math.inf)
     owner = torch.full_like(depth, -1, dtype=torch.long)            # which primitive a ray hits
     found = []
     for k, one, ray in candidates(corners):
-        along = linear(take(to_object[:, :3], one), take(direction, ray))
-        near, far = intersect(k, take(from_camera, one), along)
+        near, far = crossing(k, one, take(center, ray), take(direction, ray))
         hit = ((near < far) & (near > 0) & (near < take(depth, ray))).nonzero()[:, 0]
         found.append((near[hit], one[hit], ray[hit]))
-    if found:
-        near, one, ray = (torch.cat(column) for column in zip(*found))
-        depth = depth.scatter_reduce(0, ray, near, "amin")
-        first = near == take(depth, ray)
-        owner = owner.scatter_reduce(0, ray[first], one[first], "amax")     # settles ties
+    near, one, ray = (torch.cat(column) for column in zip(*found))
+    depth = depth.scatter_reduce(0, ray, near, "amin")
+    first = near == take(depth, ray)
+    owner = owner.scatter_reduce(0, ray[first], one[first], "amax")         # settles ties
     if not shaded:
         return depth.view(-1, side, side)
 
     # Shadows: all that a primitive keeps the light from is between it and its shadow on the ground
-    light = poses.new_tensor(scenes.light)[:, None]
-    light = light / (light * light).sum().sqrt()                                  # (3, 1)
+    light = F.normalize(poses.new_tensor(scenes.light), dim=0)[:, None]           # (3, 1)
     drop = (corners[2] - scenes.ground) / light[2]                                # (8, M)
     swept = torch.cat([corners, corners - drop * light[..., None]], 1)            # (3, 16, M)
-    point = center.repeat_interleave(side ** 2, 1) + direction * depth            # (3, B*R)
-    to_light, lit = linear(to_object, light), torch.ones_like(depth)
+    point, lit = center + direction * depth, torch.ones_like(depth)               # (3, B*R)
     for k, one, ray in candidates(swept):
-        other = (take(owner, ray) != one) & take(depth, ray).isfinite()     # convex: none on itself
-        one, ray = one[other], ray[other]
-        matrix = take(to_object, one)
-        start = linear(matrix, take(point, ray)) + matrix[:, 3]
-        near, far = intersect(k, start, take(to_light, one))
+        other = (take(owner, ray) != one).nonzero()[:, 0]       # convex: no shadow on itself
+        one, ray = take(one, other), take(ray, other)
+        near, far = crossing(k, one, take(point, ray), light)
         lit[ray[(near < far) & (far > 1e-3)]] = 0.0
-    color = poses.new_tensor(scenes.background)[:, None] * torch.where(lit > 0, 1.0, SHADOW)
+    bright = torch.where((lit > 0) | depth.isinf(), 1.0, SHADOW)                  # so is the sky
+    color = poses.new_tensor(scenes.background)[:, None] * bright
 
     # Phong shading of the H rays that hit a primitive, with the normal of the unit primitive first
     ray = (owner >= 0).nonzero()[:, 0]                                            # (H,)
@@ -303,9 +288,9 @@ def open_picture(path, turn=True):
             image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":       # 16 bits, or floats from 0 to 1: PIL would cut them off
             values, clear = np.asarray(image), image.info.get("transparency")
+            scale = 1 / 257 if image.mode[0] == "I" else 255 if values.max() <= 1 else 1
             if not np.isfinite(values).all():
                 raise ValueError("it has values that are not finite")
-            scale = 1 / 257 if image.mode[0] == "I" else 255 if values.max() <= 1 else 1
             image = Image.fromarray(np.uint8(np.rint(values * scale).clip(0, 255)))
             if clear is not None:
                 image.putalpha(Image.fromarray(np.uint8(255 * (values != clear))))
@@ -314,30 +299,22 @@ def open_picture(path, turn=True):
     return image
 
 
-def to_color(background):
-    """A colour in [-1, 1] as PIL's, 0 to 255."""
-    return tuple(round((b + 1) * 127.5) for b in background)
-
-
 def flatten(image, background):
-    """A PIL image as an RGB one, its alpha laid on `background` (in [-1, 1])."""
-    canvas = Image.new("RGBA", image.size, to_color(background))
+    """A PIL image in RGB, its alpha laid on `background` (in [-1, 1]), and that colour as PIL's."""
+    color = tuple(round((b + 1) * 127.5) for b in background)
+    canvas = Image.new("RGBA", image.size, color)
     canvas.alpha_composite(image.convert("RGBA"))
-    return canvas.convert("RGB")
-
-
-def to_bytes(image):
-    """A PIL image in RGB as a uint8 tensor (3, H, W)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return canvas.convert("RGB"), color
 
 
 def square(image, side, method, fit, color):
-    """A PIL image fitted into a square: fit "crop" takes its middle, "pad" lays it on a color."""
+    """A PIL image as a uint8 tensor (C, side, side): fit "crop" takes its middle, "pad" lays it on
+    a color."""
     if fit not in ("crop", "pad"):
         raise ValueError(f"fit must be crop or pad, not {fit!r}")
-    if fit == "crop":
-        return ImageOps.fit(image, (side, side), method)
-    return ImageOps.pad(image, (side, side), method, color)
+    fitted = (ImageOps.fit(image, (side, side), method) if fit == "crop" else
+              ImageOps.pad(image, (side, side), method, color))
+    return torch.from_numpy(np.array(fitted)).view(side, side, -1).permute(2, 0, 1)
 
 
 def read_image(path, resolution, background=(1.0, 1.0, 1.0), fit="crop"):
@@ -346,9 +323,8 @@ def read_image(path, resolution, background=(1.0, 1.0, 1.0), fit="crop"):
     Alpha is composited on `background` (RGB in [-1, 1]); the picture is cropped to its middle
     square, or padded to a square with fit="pad", and resized with anti-aliasing.
     """
-    image, color = flatten(open_picture(path), background), to_color(background)
-    image = square(image, resolution, Image.Resampling.LANCZOS, fit, color)
-    return to_bytes(image).float() / 127.5 - 1
+    image, color = flatten(open_picture(path), background)
+    return square(image, resolution, Image.Resampling.LANCZOS, fit, color).float() / 127.5 - 1
 
 
 def read_mask(path, resolution, size=None, fit="crop"):
@@ -367,15 +343,14 @@ def read_mask(path, resolution, size=None, fit="crop"):
     if alpha.getextrema()[0] < 255:
         opaque = np.asarray(known)[np.asarray(alpha) > 127]
         known = alpha if opaque.any() else alpha.point(lambda _: 0)
-    fitted = square(known, resolution, Image.Resampling.BOX, fit, 255)
-    fitted = torch.from_numpy(np.array(fitted))[None] > 127
+    fitted = square(known, resolution, Image.Resampling.BOX, fit, 255) > 127
     if fitted.all() or not fitted.any() or known.getextrema()[1] < 128:
         raise ValueError(f"the mask {path} hides {'nothing' if fitted.all() else 'all'}: white is "
                          "what is known, black or transparent what is to be filled")
     return fitted.float()
 
 
-# ---- Data from files: which of them, and what is wrong with them -------------------------------
+# ---- Data from files: which of them ------------------------------------------------------------
 
 def visible(folder, *patterns):
     """The paths like a pattern in a folder, in order; names that begin with a dot are nobody's."""
@@ -396,32 +371,23 @@ def find(path, loader, split):
     path: such a file, or a folder with such files or folders up to three folders down; what is a
     split itself by its name is whole. Names tell if some are test or val, and others are not.
     """
-    path, marks = Path(path), FORMATS[loader][1:]
+    path, marks, parts = Path(path), FORMATS[loader][1:], defaultdict(list)
     found = [path] if path.is_file() else visible(path, *marks) or visible(
         path, *("*/" * down + mark for down in (1, 2, 3) for mark in marks))
-    parts, known = defaultdict(list), set(found)
+    known = set(found)
     for file in found:
         if file.with_stem(f"{file.stem}_train") in known:           # NeRF's transforms.json of all
             continue
         # a scene's own folder may have any name; of CLEVR-567 a folder has many scenes
         folders = file.relative_to(path).parts[:-1 if loader == load_clevr567 else -2]
-        names = filter(None, map(split_of, (file.name, *folders)))
-        parts[next(names, "train")].append(file)
+        parts[next(filter(None, map(split_of, (file.name, *folders))), "train")].append(file)
     if not parts:
         raise FileNotFoundError(f"there are no scenes in {path}")
-    if len(parts) == 1:
-        return *parts.values(), None if split_of(path.name) else split
     order = ("test", "val", "train") if split == "test" else ("train", "val", "test")
-    left = "named" if split == "test" else None
-    return next(parts[name] for name in order if name in parts), left
-
-
-def find_one(path, loader, split):
-    """As `find`, for formats of one file; ValueError where there are more."""
-    (file, *others), left = find(path, loader, split)
-    if others:
-        raise ValueError(f"{path} has {file} and {others[0]}: name one of them")
-    return file, left
+    chosen = next(parts[name] for name in order if name in parts)
+    if len(parts) > 1:
+        return chosen, "named" if split == "test" else None
+    return chosen, None if split_of(path.name) else split
 
 
 def hold_back(path, items, split, what="scenes"):
@@ -436,21 +402,23 @@ def hold_back(path, items, split, what="scenes"):
     return [item for i, item in enumerate(items) if (i in held) == is_test], is_test
 
 
-def named(path, function, *arguments):
-    """function(*arguments), whose errors about what is in a file get the file's name."""
+def named(job, item):
+    """job(item), whose errors about what is in a file, or a scene, get the item's name."""
     try:
-        return function(*arguments)
-    except OSError:                                             # has it already
-        raise
+        with np.errstate(all="ignore"):                     # what is not finite is refused in words
+            return job(item)
     except Exception as error:
+        if isinstance(error, OSError) or str(item) in str(error):               # has it already
+            raise
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}, "
-        raise ValueError(f"{path} is not as expected: {kind}{error}") from None
+        raise ValueError(f"{item} is not as expected: {kind}{error}") from None
 
 
 def parallel(job, items, what):
-    """[job(item) for item in items], by threads."""
+    """[named(job, item) for item in items], by threads."""
     with ThreadPoolExecutor() as pool:
-        return list(progress(pool.map(job, items), len(items), what))
+        results = pool.map(partial(named, job), items)
+        return list(progress(results, len(items), what))
 
 
 def check_counts(**counts):
@@ -458,14 +426,6 @@ def check_counts(**counts):
     for what, value in counts.items():
         if value is not None and not (value >= 1 and value % 1 == 0):       # NaN and inf too
             raise ValueError(f"{what} must be a whole number, at least 1, and not {value}")
-
-
-def read_numbers(path, count):
-    """The first numbers of a text file (count,)."""
-    try:
-        return np.array(path.read_text("utf-8-sig").split()[:count], dtype=float).reshape(count)
-    except ValueError:
-        raise ValueError(f"{path} should hold {count} numbers") from None
 
 
 # ---- Data from files: pictures and cameras -----------------------------------------------------
@@ -478,88 +438,87 @@ class Shot(NamedTuple):
     mask: Path | None = None                # a file that takes the place of the picture's alpha
     image: Image.Image | None = None        # the picture itself, where it has no file
 
+    def __str__(self):
+        return str(self.picture)
 
-def pose_of(shot):
-    """A shot's pose (4, 4) as its file has it."""
+
+def read_numbers(path, count):
+    """The first numbers of a text file (count,)."""
+    try:
+        return np.array(path.read_text("utf-8-sig").split()[:count], float).reshape(count)
+    except ValueError:
+        raise ValueError(f"{path} should hold {count} numbers") from None
+
+
+def half_view(shot):
+    """Half the side of a shot's largest square around the principal point, at depth 1."""
+    fx, fy, cx, cy, w, h = shot.lens
+    half = np.divide([cx, w - cx, cy, h - cy], [fx, fx, fy, fy]).min()
+    if not half > 0:
+        raise ValueError("no crop has the principal point in the middle, for it is outside")
+    if not 1e-3 <= 0.5 / half <= 1e3:
+        raise ValueError(f"its focal length is {0.5 / half:.4g} widths, and not 0.001 to 1000")
+    return float(half)
+
+
+def cube_scale(shots):
+    """World units a cube unit, for a cube at the origin that is as wide as the pictures."""
+    return float(np.nanmedian([math.hypot(*shot.pose[:3, 3]) * named(half_view, shot)
+                               for shot in shots])) or 1.0
+
+
+def read_pose(shot, half, scale):
+    """A shot's pose (4, 4) in cube units; and whether its picture, whose half side at depth 1 is
+    `half`, shows the origin, and z is up. ValueError where a model can't be trained with it."""
     pose = read_numbers(shot.pose, 16) if isinstance(shot.pose, Path) else shot.pose
-    pose = named(shot.picture, np.reshape, np.array(pose, dtype=float).ravel()[:12], (3, 4))
-    return np.concatenate([pose, [[0, 0, 0, 1]]])
+    pose = np.array(pose, float).ravel()[:12].reshape(3, 4)
+    R, center = pose[:, :3], pose[:, 3] / scale
+    error, distance = abs(R.T @ R - np.eye(3)).max(), np.linalg.norm(center)
+    if not (error < 1e-3 and np.linalg.det(R) > 0 and np.isfinite(pose).all()):
+        raise ValueError(f"the pose is not a rotation and a position (by {error:.2g})")
+    if not 1e-3 <= distance <= 1e3:
+        raise ValueError(f"the camera is {distance:.4g} cube units from the origin, and not 0.001 "
+                         "to 1000: other units?")
+    x, y, z = -center @ R                                           # the origin, from the camera
+    upright = abs(R[2, 0]) < 0.35 and R[2, 1] < 0.35                # right is level, down is not up
+    return np.vstack([np.c_[R, center], [0, 0, 0, 1]]), max(abs(x), abs(y)) < half * z, upright
 
 
-def half_view(shots):
-    """Half the side of the largest square around the principal point, at depth 1 (K,)."""
-    fx, fy, cx, cy, w, h = np.array([shot.lens for shot in shots], dtype=float).T
-    half = np.minimum(np.minimum(cx, w - cx) / fx, np.minimum(cy, h - cy) / fy)
-    if not half.min() > 0:
-        raise ValueError(f"{shots[half.argmin()].picture}: no crop has the principal point in the "
-                         "middle, for it is outside")
-    return half
-
-
-def check(path, shots, poses, scale, half):
-    """Poses (K, 4, 4) in cube units with which a model can be trained; ValueError with the name of
-    a picture whose camera is none, and a line on stderr where z is not up, or cameras look away.
-
-    half: of the set's square pictures the half side (K,) at depth 1.
-    """
-    R, center = poses[:, :3, :3], poses[:, :3, 3] / scale
-    distance, focal = np.linalg.norm(center, axis=1), 0.5 / half
-    error = np.abs(np.swapaxes(R, 1, 2) @ R - np.eye(3)).max((1, 2))
-    rigid = (error < 1e-3) & (np.linalg.det(R) > 0) & np.isfinite(poses).all((1, 2))
-    for value, good, what in (
-            (error, rigid, "the pose is not a rotation and a position (by {:.2g})"),
-            (distance, abs(np.log10(distance)) <= 3, "the camera is {:.4g} cube units from the "
-             "origin, and not 0.001 to 1000: other units?"),
-            (focal, abs(np.log10(focal)) <= 3, "the focal length is {:.4g} image widths, and not "
-             "0.001 to 1000")):
-        if not good.all():
-            k = good.argmin()
-            raise ValueError(f"{path}: {shots[k].picture}: {what.format(value[k])}")
-    x, y, z = (-center[:, None] @ R)[:, 0].T                    # the origin, from the cameras
-    in_view = np.maximum(abs(x), abs(y)) < half * z
-    upright = (abs(R[:, 2, 0]) < 0.35) & (R[:, 2, 1] < 0.35)    # right is level, down is not up
-    for good, what in ((in_view, "the origin is in view"), (upright, "z is up")):
-        if good.mean() < 0.5:
-            print(f"{path}: in {good.sum()} of {len(good)} pictures {what}: other axes?",
-                  file=sys.stderr)
-    return np.concatenate([np.dstack([R, center]), poses[:, 3:]], 1)
-
-
-def read_shot(shot, half, resolution, background):
+def read_square(shot, half, resolution, background):
     """The square of a shot's picture around its principal point, uint8 (3, S, S); at depth 1 its
     half side is `half`. Pixels that are not square become so."""
     fx, fy, cx, cy, w, h = shot.lens
     image = shot.image or open_picture(shot.picture, turn=False)
     if abs(image.width * h / (image.height * w) - 1) > 0.02:
-        raise ValueError(f"{shot.picture} is {image.width} x {image.height} pixels, which does "
-                         f"not fit its camera's {w:g} x {h:g}")
+        raise ValueError(f"{image.width} x {image.height} pixels do not fit its camera's "
+                         f"{w:g} x {h:g}")
     if shot.mask:
         mask, image = open_picture(shot.mask, turn=False).convert("L"), image.convert("RGB")
         if mask.size != image.size:
-            raise ValueError(f"{shot.mask} and its picture {shot.picture} differ in size")
+            raise ValueError(f"its mask {shot.mask} has another size")
         image.putalpha(mask)
     x, y, half_w, half_h = cx / w, cy / h, half * fx / w, half * fy / h
     box = np.clip([x - half_w, y - half_h, x + half_w, y + half_h], 0, 1) * (image.size * 2)
     method = Image.Resampling.BOX if shot.image else Image.Resampling.LANCZOS
-    return to_bytes(flatten(image, background).resize((resolution,) * 2, method, tuple(box)))
+    image = flatten(image, background)[0].resize((resolution, resolution), method, tuple(box))
+    return np.moveaxis(np.array(image), 2, 0)
 
 
-@np.errstate(all="ignore")
-def read_views(path, found, shots_of, scale, split, first=None, background=(1.0, 1.0, 1.0),
-               scenes=None, views=None, resolution=64, seed=0, device="cpu"):
+def read_views(path, found, shots_of, scale, split, background=(1.0, 1.0, 1.0), scenes=None,
+               views=None, resolution=64, seed=0, device="cpu"):
     """`Views` of the first scenes of the list `found`; shots_of(scene) lists the `Shot`s of one.
 
-    scale: world units a cube unit; None: the cube is as wide as the pictures of the scene `first`.
-    split: what is held back, as `find` has it. Some views of many are evenly spread, from a start
-    that differs by scene: NMR's scenes share their cameras, and one view of each would show one
-    side of all. The crop is the largest that all pictures have room for: a set has one focal.
+    scale: world units a cube unit. split: what is held back, as `find` has it. Some views of many
+    are evenly spread, from a start that differs by scene: NMR's scenes share their cameras, and one
+    view of each would show one side of all. The crop is the largest that all pictures have room
+    for: a set has one focal. A line on stderr where z is not up, or cameras look away.
     """
     check_counts(scenes=scenes, views=views, resolution=resolution)
     if not found:
         raise FileNotFoundError(f"there are no scenes in {path}")
     chosen, held_out = hold_back(path, found, split)
     chosen = chosen[:scenes]
-    shots = parallel(lambda scene: named(scene, shots_of, scene), chosen, "scenes")
+    shots = parallel(shots_of, chosen, "scenes")
     if len(found) == 1:
         shots[0], held_out = hold_back(path, shots[0], split, "pictures")
     counts = [len(some) for some in shots]
@@ -571,21 +530,21 @@ def read_views(path, found, shots_of, scale, split, first=None, background=(1.0,
     start = [mix(mix(seed) ^ i) if V < count else 0 for i, count in enumerate(counts)]
     shots = [some[(start[i] + k * counts[i] // V) % counts[i]]
              for i, some in enumerate(shots) for k in range(V)]
-    half = named(path, half_view, shots)
-    poses = parallel(pose_of, shots, "cameras")
-    if scale is None:
-        some = named(first, shots_of, first)
-        distance = np.linalg.norm([pose_of(shot)[:3, 3] for shot in some], axis=1)
-        scale = float(np.nanmedian(distance * named(first, half_view, some))) or 1.0
-    poses, half = check(path, shots, np.array(poses), scale, half), half.min()
-    poses = torch.from_numpy(poses).float().unflatten(0, (-1, V))                  # (N, V, 4, 4)
-    images = parallel(lambda shot: read_shot(shot, half, resolution, background), shots, "pictures")
-    images = torch.stack(images).float().div_(127.5).sub_(1)        # in place: they may be many
-    return Views(images.unflatten(0, (-1, V)).to(device), poses.to(device), float(0.5 / half),
-                 torch.tensor(background, device=device), Path(path).name, scale, None, held_out)
+    half = min(named(half_view, shot) for shot in shots)
+    poses, in_view, upright, images = zip(*parallel(lambda shot: (
+        *read_pose(shot, half, scale), read_square(shot, half, resolution, background)),
+        shots, "pictures"))
+    for fine, what in (in_view, "the origin is in view"), (upright, "z is up"):
+        if sum(fine) < len(fine) / 2:
+            print(f"{path}: in {sum(fine)} of {len(fine)} pictures {what}: other axes?",
+                  file=sys.stderr)
+    images = torch.from_numpy(np.stack(images)).float().div_(127.5).sub_(1)     # in place: many
+    poses = torch.from_numpy(np.stack(poses)).float()
+    return Views(images.unflatten(0, (-1, V)), poses.unflatten(0, (-1, V)), 0.5 / half,
+                 torch.tensor(background), Path(path).name, scale, None, held_out).to(device)
 
 
-# ---- Data from files: the formats --------------------------------------------------------------
+# ---- Data from files: the formats; `split` and `how` are as `load` has them ---------------------
 
 SHAPENET_SCALE = 0.5        # how far objects reach from the origin, in the units of the files
 CLEVR_SCALE = 4.2           # for CLEVR, its objects and the shadows that our tracer gives them
@@ -598,10 +557,10 @@ def load_srn(path, split=None, **how):
     """`Views` of ShapeNet-SRN's cars or chairs [Sitzmann et al. 2019], on white.
 
     path: a folder of `<id>/{intrinsics.txt, rgb/*.png, pose/*.txt}`, or of folders `*_train`,
-    `*_val`, `*_test` of such. split and how: as `load` has them, here and in the other formats.
+    `*_val`, `*_test` of such.
     """
     def shots_of(rgb):
-        f, cx, cy, h, w = read_numbers(rgb.parent / "intrinsics.txt", 10)[[0, 1, 2, 8, 9]]
+        f, cx, cy, *_, h, w = read_numbers(rgb.parent / "intrinsics.txt", 10)
         if cx >= w:                     # an older archive states f, cx and cy for 512 pixels
             w, h = 2 * cx, 2 * cy
         pictures, poses = visible(rgb, "*.png"), visible(rgb.parent, "pose/*.txt")
@@ -625,9 +584,10 @@ def load_nmr(path, split=None, **how):
                 pose = (file[key] if (key := f"world_mat_inv_{i}") in file else
                         np.linalg.inv([*file[f"world_mat_{i}"][:3], [0, 0, 0, 1]]))
                 K = file[f"camera_mat_{i}"].astype(float)               # for pixels from -1 to 1
-                shots.append(Shot(picture, y_to_z_up @ pose[:3],
-                                  (K[0, 0], K[1, 1], K[0, 2] + 1, K[1, 2] + 1, 2, 2),
-                                  f if (f := scene / "mask" / picture.name).is_file() else None))
+                lens = K[0, 0], K[1, 1], K[0, 2] + 1, K[1, 2] + 1, 2, 2
+                mask = scene / "mask" / picture.name
+                shots.append(Shot(picture, y_to_z_up @ pose[:3], lens,
+                                  mask if mask.is_file() else None))
         return shots
     files, split = find(path, load_nmr, split)
     listed = [file.parent / name for file in files if file.suffix == ".lst"
@@ -642,12 +602,11 @@ def load_clevr567(path, split=None, **how):
     Its square pictures are squeezed from 4:3; the middle square of what they were is read.
     """
     files, split = find(path, load_clevr567, split)
-    found = defaultdict(list)
+    found, lens = defaultdict(list), (350 / 320, 350 / 240, 0.5, 0.5, 1, 1)
     for pose in files:                                          # other pictures are masks
         if scene := re.search(r"sc\d+", pose.name):
-            found[pose.parent / scene[0]].append(
-                Shot(pose.with_name(pose.name.replace("_RT.txt", ".png")), pose,
-                     (350 / 320, 350 / 240, 0.5, 0.5, 1, 1)))
+            picture = pose.with_name(pose.name.replace("_RT.txt", ".png"))
+            found[pose.parent / scene[0]].append(Shot(picture, pose, lens))
     return read_views(path, list(found), found.get, CLEVR_SCALE, split, **how)
 
 
@@ -671,44 +630,49 @@ def load_folder(path, split=None, scale=None, **how):
         name = file.parent / name.replace("\\", "/")
         return name if name.is_file() else pictures_in(name.parent).get(name.name, name)
 
-    def focal(key, axis, size):
-        length, angle = key.get(f"fl_{axis}"), key.get(f"camera_angle_{axis}")
+    def focal(frame, axis, size):
+        length, angle = frame.get(f"fl_{axis}"), frame.get(f"camera_angle_{axis}")
         if length or angle is None:
             return length
         if not 0 < angle < math.pi:
             raise ValueError(f"camera_angle_{axis} is {angle}, and has to be in radians, below pi")
         return 0.5 * size / math.tan(angle / 2)
 
+    def lens_of(frame, picture):
+        model = "FISHEYE" if frame.get("is_fisheye") else frame.get("camera_model", "PINHOLE")
+        if not re.fullmatch("(.*_)?(pinhole|perspective|opencv|radial)", model, re.I):
+            raise ValueError(f"its camera is {model}, and no pinhole: undistort the pictures")
+        size = frame.get("w"), frame.get("h")
+        w, h = Image.open(picture).size if None in size else size
+        fx, fy = focal(frame, "x", w), focal(frame, "y", h)
+        if not (fx or fy):
+            raise ValueError("it has neither camera_angle_x nor fl_x")
+        return fx or fy, fy or fx, frame.get("cx", w / 2), frame.get("cy", h / 2), w, h
+
     @cache
     def shots_of(file):
-        about, shots, notes = json.loads(file.read_text("utf-8-sig")), [], set()
-        for frame in about["frames"]:
-            key = {k: v for part in (about, frame) for k, v in part.items() if v is not None}
-            model = "FISHEYE" if key.get("is_fisheye") else key.get("camera_model", "PINHOLE")
-            if not re.fullmatch("(.*_)?(pinhole|perspective|opencv|radial)", model, re.I):
-                raise ValueError(f"its camera is {model}, and no pinhole: undistort the pictures")
-            if any(key.get(k) for k in ("k1", "k2", "k3", "k4", "p1", "p2")):
-                notes.add("lens distortion is not corrected")
-            picture = locate(file, key["file_path"])
-            if not picture.is_file():
-                continue
-            w, h = (key["w"], key["h"]) if "w" in key and "h" in key else Image.open(picture).size
-            fx, fy = focal(key, "x", w), focal(key, "y", h)
-            if not (fx or fy):
-                raise ValueError("it has neither camera_angle_x nor fl_x")
-            lens = fx or fy, fy or fx, key.get("cx", w / 2), key.get("cy", h / 2), w, h
-            mask = locate(file, key["mask_path"]) if "mask_path" in key else None
-            shots.append(Shot(picture, np.array(key["transform_matrix"], float) * FLIP, lens, mask))
-        if missing := len(about["frames"]) - len(shots):
-            if not shots:
-                raise FileNotFoundError(f"there is no picture {picture}, nor another of {file}")
-            notes.add(f"{missing} of {len(about['frames'])} pictures are missing")
-        for note in sorted(notes):
-            print(f"{file}: {note}", file=sys.stderr)
-        return shots
-    found, left = find(path, load_folder, split)
-    (first, *_), _ = find(path, load_folder, None)
-    return read_views(path, found, shots_of, scale, left, first, **how)
+        about = json.loads(file.read_text("utf-8-sig"))
+        frames = [{key: value for part in (about, frame) for key, value in part.items()
+                   if value is not None} for frame in about["frames"]]
+        pictures = [locate(file, frame["file_path"]) for frame in frames]
+        there = [both for both in zip(frames, pictures) if both[1].is_file()]
+        if not there:
+            raise FileNotFoundError(f"there are no pictures of {file}, such as "
+                                    f"{[str(picture) for picture in pictures[:1]]}")
+        if len(there) < len(frames):
+            print(f"{file}: {len(frames) - len(there)} of {len(frames)} pictures are missing",
+                  file=sys.stderr)
+        if any(frame.get(key) for frame in frames for key in ("k1", "k2", "k3", "k4", "p1", "p2")):
+            print(f"{file}: lens distortion is not corrected", file=sys.stderr)
+        return [Shot(picture, np.array(frame["transform_matrix"], float) * FLIP,
+                     lens_of(frame, picture),
+                     locate(file, frame["mask_path"]) if "mask_path" in frame else None)
+                for frame, picture in there]
+    if scale is None:
+        (first, *_), _ = find(path, load_folder, None)
+        scale = cube_scale(named(shots_of, first))
+    found, split = find(path, load_folder, split)
+    return read_views(path, found, shots_of, scale, split, **how)
 
 
 def load_npz(path, split=None, resolution=64, **how):
@@ -719,9 +683,11 @@ def load_npz(path, split=None, resolution=64, **how):
     images (V, H, W, 3) from 0 to 1, poses in OpenGL's axes, focal in pixels; the cube is as wide as
     its pictures. Pictures are made smaller by area; ValueError for a larger resolution.
     """
-    file, split = find_one(path, load_npz, split)
+    (file, *others), split = find(path, load_npz, split)
+    if others:
+        raise ValueError(f"{path} has {file} and {others[0]}: name one of them")
 
-    def read():
+    def read(file):
         with np.load(file, allow_pickle=False) as arrays:
             images, poses, focal = (arrays[key] for key in ("images", "poses", "focal"))
             tiny = images.ndim == 4
@@ -739,13 +705,13 @@ def load_npz(path, split=None, resolution=64, **how):
         if resolution > min(images.shape[2:4]):
             raise ValueError(f"its pictures are smaller than {resolution} x {resolution}")
         return images, poses, float(focal) * (1 if tiny else images.shape[3]), color, tiny
-    images, poses, focal, color, tiny = named(file, read)
+    images, poses, focal, color, tiny = named(read, file)
     N, V, H, W, _ = images.shape
 
     def shots_of(i):
         return [Shot(f"{file}: images[{i}, {v}]", poses[i, v], (focal, focal, W / 2, H / 2, W, H),
                      image=Image.fromarray(images[i, v])) for v in range(V)]
-    return read_views(path, range(N), shots_of, None if tiny else 1.0, split, 0,
+    return read_views(path, range(N), shots_of, cube_scale(shots_of(0)) if tiny else 1.0, split,
                       tuple((color / 127.5 - 1).tolist()), resolution=resolution, **how)
 
 
@@ -772,22 +738,24 @@ def load_clevr(path, split=None, scenes=None, views=None, resolution=64, seed=0,
     generator wrote: `CLEVR_scenes.json`. `subsets/clevr_cameras.py` makes an .npz of the pictures.
     """
     check_counts(scenes=scenes, views=views, resolution=resolution)
-    file, left = find_one(path, load_clevr, split)
+    files, split = find(path, load_clevr, split)
     if (Path(path) / "images").is_dir():
         print(f"{path}: pictures are not read, layouts are drawn", file=sys.stderr)
-    layouts = named(file, lambda: list(json.loads(file.read_text("utf-8-sig"))["scenes"]))
-    layouts, held_out = hold_back(path, layouts, left)
+    layouts = [(file, scene) for file in files for scene in named(
+        lambda file: list(json.loads(file.read_text("utf-8-sig"))["scenes"]), file)]
     if not layouts:
-        raise ValueError(f"there are no scenes in {file}")
-    columns = zip(*(named(file, lambda: clevr_primitives(o["objects"])) for o in layouts[:scenes]))
-    made = Scenes(*(pad_sequence(column, True, EMPTY).to(device) for column in columns),
-                  0.0, SETS["clevr"].background)
-    poses = random_poses("clevr", len(made.kind), views or 1, -1 - seed if held_out else seed,
-                         device=device)
-    images, depth = trace(made, poses, SETS["clevr"].focal, resolution)
-    background = torch.tensor(made.background, device=device) * 2 - 1
-    return Views(images, poses, SETS["clevr"].focal, background, file.stem, CLEVR_SCALE, depth,
-                 held_out)
+        raise ValueError(f"there are no scenes in {files[0]}")
+    layouts, held_out = hold_back(path, layouts, split)
+    rows = [named(lambda _: clevr_primitives(scene["objects"]), file)
+            for file, scene in layouts[:scenes]]
+    about, where = SETS["clevr"], "cpu" if torch.device(device).type == "mps" else device
+    made = Scenes(*(pad_sequence(column, True, EMPTY).to(where) for column in zip(*rows)), 0.0,
+                  about.background)
+    poses = random_poses("clevr", len(rows), views or 1, -1 - seed if held_out else seed,
+                         device=where)
+    images, depth = trace(made, poses, about.focal, resolution)
+    return Views(images, poses, about.focal, torch.tensor(about.background) * 2 - 1,
+                 files[0].stem, CLEVR_SCALE, depth, held_out).to(device)
 
 
 # ---- Data by its name --------------------------------------------------------------------------
@@ -838,10 +806,7 @@ def load(spec, scenes=None, views=None, resolution=64, split=None, seed=0, devic
 def test_views(config, scenes, views, device):
     """`Views` of scenes of `config.data` that training leaves out, or None where there are none, or
     a single view a scene, with which new views cannot be judged."""
-    if config.data in SETS:
-        return synthetic(config.data, scenes, max(2, views), config.resolution, -1, device,
-                         depth=False)
-    held_out = load(config.data, scenes, views, config.resolution, "test", config.seed, device)
+    held_out = load(config.data, scenes, max(2, views), config.resolution, "test", device=device)
     return held_out if held_out.held_out and held_out.images.shape[1] > 1 else None
 
 
@@ -901,43 +866,33 @@ def mix(x):
     return (x >> 16) ^ x
 
 
-class Draw:
-    """Random numbers for scenes (N,): a hash of (seed, stream, scene, which number).
+class Sketch:
+    """N scenes in the making: random numbers, and the primitives that are added to all or some.
 
-    So scene i of a seed is the same whatever the batch, the order or the device.
+    A number is a hash of (seed, stream, scene, which number): scene i of a seed is the same
+    whatever the batch, the order or the device.
     """
 
     def __init__(self, seed, scene, stream=0):
-        self.key, self.count = mix(mix(mix(seed) ^ stream) ^ mix(scene)), 0
+        self.key, self.count, self.parts = mix(mix(mix(seed) ^ stream) ^ mix(scene)), 0, []
 
-    def __call__(self, low=0.0, high=1.0):
+    def draw(self, low=0.0, high=1.0):
         """(N,) floats in [low, high)."""
         self.count += 1
         bits = mix(self.key ^ mix(self.count)) >> 8                     # 24 bits: exact in float32
         return low + (high - low) * (bits.float() / 2 ** 24)
 
-    def pick(self, options):
-        """(N,) integers in 0..options-1."""
-        return (self() * options).long()
-
     def row(self, table):
         """(N, ...) rows of a table."""
-        return torch.tensor(table, device=self.key.device)[self.pick(len(table))]
+        return torch.tensor(table, device=self.key.device)[(self.draw() * len(table)).long()]
 
     def either(self, chance, a, b):
         """(N, D) rows of a, with this chance, or else of b."""
-        return torch.where(self()[:, None] < chance, a, b)
-
-
-class Parts:
-    """Collects the primitives of N scenes; each that is added goes into all of them, or some."""
-
-    def __init__(self, like):
-        self.like, self.rows = like, []                                 # like: any tensor (N,)
+        return torch.where(self.draw()[:, None] < chance, a, b)
 
     def columns(self, *values):
         """Numbers and (N,) tensors as one (N, len(values))."""
-        return torch.stack([torch.zeros_like(self.like) + v for v in values], -1)
+        return torch.stack([self.key * 0.0 + v for v in values], -1)
 
     def add(self, kind, center, half, color, present=True, shine=0.0,
             x=(1, 0, 0), y=(0, 1, 0), z=(0, 0, 1)):
@@ -946,11 +901,10 @@ class Parts:
         Slanted axes shear it. All are numbers or (N,) tensors in tuples; color may be (N, 3).
         """
         axes = torch.stack([self.columns(*a) for a in (x, y, z)], -1) * self.columns(*half)[:, None]
-        color = color if torch.is_tensor(color) else self.columns(*color)
-        present = torch.ones_like(self.like, dtype=torch.bool) & present
         to_world = torch.cat([axes, self.columns(*center)[..., None]], -1)              # (N, 3, 4)
-        self.rows.append((torch.where(present, kind, EMPTY), to_world, color,
-                          self.columns(shine)[:, 0]))
+        self.parts.append((torch.where((self.key >= 0) & present, kind, EMPTY), to_world,
+                           color if torch.is_tensor(color) else self.columns(*color),
+                           self.columns(shine)[:, 0]))
 
     def wing(self, root, tip, chords, thick, color, present=True, shine=0.0):
         """A slab that tapers from one chord (along x) around `root` to a smaller around `tip`.
@@ -964,42 +918,37 @@ class Parts:
             self.add(BOX, [(a + b) / 2 for a, b in zip(*ends)], (1, 1, 1), color, present, shine,
                      (chords[1] / 2, 0, 0), thick, [(b - a) / 2 for a, b in zip(*ends)])
 
-    def scenes(self, ground, background):
-        return Scenes(*(torch.stack(column, 1) for column in zip(*self.rows)), ground, background)
-
 
 CLEVR_COLORS = [[c / 255 for c in color] for color in (
     (87, 87, 87), (173, 35, 35), (42, 75, 215), (29, 105, 20),          # grey, red, blue, green
     (129, 74, 25), (129, 38, 192), (41, 208, 208), (255, 238, 51))]     # brown purple cyan yellow
 
 
-def clevr_object(parts, draw, x, y, r, ground, present=True, kinds=(SPHERE, BOX, CYLINDER)):
+def clevr_object(s, x, y, r, ground, present=True, kinds=(SPHERE, BOX, CYLINDER)):
     """One of CLEVR's objects of size r (N,): any shape, colour, material and turn about z."""
-    kind, color, metal = draw.row(kinds), draw.row(CLEVR_COLORS), draw.pick(2)
-    turn = draw(-math.pi, math.pi)
-    half = torch.where(kind == BOX, r / math.sqrt(2), r)
-    parts.add(kind, (x, y, ground + half), (half, half, half), color, present, 0.35 * metal,
-              x=(turn.cos(), turn.sin(), 0), y=(-turn.sin(), turn.cos(), 0))
+    kind, color, metal = s.row(kinds), s.row(CLEVR_COLORS), s.row(range(2))
+    turn, half = s.draw(-math.pi, math.pi), torch.where(kind == BOX, r / math.sqrt(2), r)
+    s.add(kind, (x, y, ground + half), (half, half, half), color, present, 0.35 * metal,
+          x=(turn.cos(), turn.sin(), 0), y=(-turn.sin(), turn.cos(), 0))
 
 
-def build_clevr1(parts, draw, ground, **kinds):
+def build_clevr1(s, ground, **kinds):
     """One object in the middle."""
-    clevr_object(parts, draw, 0, 0, torch.where(draw() < 0.5, 0.35, 0.44), ground, **kinds)
+    clevr_object(s, 0, 0, torch.where(s.draw() < 0.5, 0.35, 0.44), ground, **kinds)
 
 
-def build_clevr(parts, draw, ground):
+def build_clevr(s, ground):
     """One to four objects, each at the first of 24 random places that is clear of the others."""
-    number, placed = 1 + draw.pick(4), []
+    number, placed = s.row((1, 2, 3, 4)), []
     for i in range(4):
-        r = torch.where(draw() < 0.5, 0.17, 0.28)
-        places = torch.stack([parts.columns(draw(-0.6, 0.5), draw(-0.6, 0.5))
-                              for _ in range(24)])                                # (24, N, 2)
+        r = torch.where(s.draw() < 0.5, 0.17, 0.28)
+        places = torch.stack([s.columns(s.draw(-0.6, 0.5), s.draw(-0.6, 0.5)) for _ in range(24)])
         clear = (i < number).expand(24, -1)                                       # (24, N)
         for place, radius, there in placed:
             clear = clear & ~(there & ((places - place).norm(dim=-1) < r + radius + 0.04))
         place = places[clear.int().argmax(0), torch.arange(len(r), device=r.device)]      # (N, 2)
         placed.append((place, r, clear.any(0)))
-        clevr_object(parts, draw, *place.unbind(1), r, ground, clear.any(0))
+        clevr_object(s, *place.unbind(1), r, ground, clear.any(0))
 
 
 ALONG_X = dict(x=(0, 1, 0), y=(0, 0, 1), z=(1, 0, 0))           # where a cylinder's axis points
@@ -1017,23 +966,23 @@ CARS = [    # half length, half width, wheel, belt line, roof, cabin's ends at f
     (0.78, 0.36, 0.145, 0.31, 0.47, -0.56, 0.34, -0.28, 0.04, 2)]       # sports car, a spoiler
 
 
-def build_cars(parts, draw, ground):
+def build_cars(s, ground):
     """A car of one of six types: body, cabin, windows, wheels, lights, in one or two colours."""
-    add, paint, other = parts.add, draw.row(PAINT), draw.row(PAINT)
-    L, W, wheel, belt, roof, foot0, foot1, top0, top1, extra = draw.row(CARS).unbind(1)
+    add, draw, paint, other = s.add, s.draw, s.row(PAINT), s.row(PAINT)
+    L, W, wheel, belt, roof, foot0, foot1, top0, top1, extra = s.row(CARS).unbind(1)
     L, W, top1 = L * draw(0.95, 1.0), W * draw(0.94, 1.06), top1 + draw(-0.03, 0.05)
     low, belt, roof = ground + 0.09, ground + belt, ground + roof * draw(0.96, 1.05)
     foot, top, middle = (foot0 + foot1) / 2, (top0 + top1) / 2, (belt + roof) / 2
     h, nose = (roof - belt) / 2, draw(0.02, 0.10)
-    cabin, skirt = draw.either(0.25, other, paint), draw.either(0.5, draw.row([BLACK]), paint)
+    cabin, skirt = s.either(0.25, other, paint), s.either(0.5, s.row([BLACK]), paint)
 
     chords = 2 * L, 2 * L - nose
-    parts.wing((0, 0, low), (-nose / 2, 0, belt), chords, (0, W, 0), paint, True, 0.3)
+    s.wing((0, 0, low), (-nose / 2, 0, belt), chords, (0, W, 0), paint, True, 0.3)
     add(BOX, (0, 0, low + 0.03), (L + 0.02, W + 0.01, 0.03), skirt)
     chords = foot1 - foot0, top1 - top0
-    parts.wing((foot, 0, belt), (top, 0, roof), chords, (0, 0.88 * W, 0), cabin, True, 0.3)
+    s.wing((foot, 0, belt), (top, 0, roof), chords, (0, 0.88 * W, 0), cabin, True, 0.3)
     chords = foot1 - foot0 - 0.16, top1 - top0 - 0.06                           # the side windows
-    parts.wing((foot, 0, belt + 0.2 * h), (top, 0, roof - 0.36 * h), chords, (0, 0.9 * W, 0), GLASS,
+    s.wing((foot, 0, belt + 0.2 * h), (top, 0, roof - 0.36 * h), chords, (0, 0.9 * W, 0), GLASS,
                True, 0.3)
     add(BOX, (top, 0, middle), (0.02, 0.905 * W, h), cabin)                     # between the doors
     for x, slant in ((foot0 + top0 - 0.02, top0 - foot0), (foot1 + top1 + 0.02, top1 - foot1)):
@@ -1058,12 +1007,12 @@ CLOTH = [WHITE, WHITE, WHITE, GREY, (0.85, 0.74, 0.55), (0.55, 0.33, 0.16), (0.1
          (0.80, 0.04, 0.05), (0.10, 0.25, 0.70), (0.10, 0.50, 0.40), (0.93, 0.75, 0.20)]
 
 
-def build_chairs(parts, draw, ground):
+def build_chairs(s, ground):
     """A chair on legs, a foot or a block, with one of four backs, some with arms or a cushion."""
-    add, base, back, frame = parts.add, draw.row([0, 0, 0, 1, 2, 3]), draw.pick(4), draw.row(CLOTH)
-    legs, star, disc, block = (base == i for i in range(4))
+    add, draw, base, back = s.add, s.draw, s.row([0, 0, 0, 1, 2, 3]), s.row(range(4))
+    frame, (legs, star, disc, block) = s.row(CLOTH), (base == i for i in range(4))
     d, w, up, high = draw(0.32, 0.42), draw(0.32, 0.44), draw(0.55, 0.72), draw(0.50, 0.75)
-    cloth, metal = (draw.either(0.6, frame, draw.row(table)) for table in (CLOTH, [STEEL]))
+    cloth, metal = (s.either(0.6, frame, s.row(table)) for table in (CLOTH, [STEEL]))
     thin, splay, thick = draw(0.025, 0.05), draw(-0.02, 0.14), torch.where(block, 0.12, 0.045)
     is_round, leg = (draw() < 0.2) & ~block, torch.where(thin < 0.0375, CYLINDER, BOX)
     seat, middle, cushion = ground + up, ground + up / 2, (draw() < 0.4) & ~is_round | block
@@ -1110,14 +1059,14 @@ PLANES = [  # radius, half length, wing: x of root and tip, span, chords, height
     (0.085, 0.80, -0.22, -0.45, 0.52, 0.72, 0.24, -0.02, 3)]            # delta fighter: inside
 
 
-def build_planes(parts, draw, ground):
+def build_planes(s, ground):
     """A plane of one of six types, low over the ground: fuselage, wings, tail, engines."""
-    add, z, accent, fin = parts.add, ground + 0.34, draw.row(PAINT), draw(0.20, 0.28)
-    r, L, root, tip, span, root_chord, tip_chord, high, engines = draw.row(PLANES).unbind(1)
+    add, draw, z, accent, fin = s.add, s.draw, ground + 0.34, s.row(PAINT), s.draw(0.20, 0.28)
+    r, L, root, tip, span, root_chord, tip_chord, high, engines = s.row(PLANES).unbind(1)
     airliner, jet, propeller, fighter = (engines == i for i in range(4))
     r, span, tip = r * draw(0.9, 1.15), span * draw(0.88, 1.0), tip + draw(-0.05, 0.05)
-    body = draw.either(0.5, draw.row([WHITE]), draw.row(PAINT))
-    wings, tail = draw.either(0.6, body, accent), draw.either(0.5, body, accent)
+    body = s.either(0.5, s.row([WHITE]), s.row(PAINT))
+    wings, tail = s.either(0.6, body, accent), s.either(0.5, body, accent)
 
     add(CYLINDER, (0.1 * L, 0, z), (r, r, 0.55 * L), body, True, 0.2, **ALONG_X)
     add(SPHERE, (0.65 * L, 0, z), (0.35 * L, r, r), body, True, 0.2)
@@ -1129,12 +1078,12 @@ def build_planes(parts, draw, ground):
     level = z + torch.where(jet, r + fin - 0.02, 0.3 * r)       # a jet's stabiliser is on its fin
     for y in (-1, 1):
         end = (tip, y * span, z + high + 0.05 * ~fighter)
-        parts.wing((root, 0, z + high), end, (root_chord, tip_chord), (0, 0, 0.016), wings)
+        s.wing((root, 0, z + high), end, (root_chord, tip_chord), (0, 0, 0.016), wings)
         foot, end = (0.1 - L, 0, level), (0.02 - L, y * 0.28, level)
-        parts.wing(foot, end, (0.20, 0.10), (0, 0, 0.012), tail, ~fighter)
+        s.wing(foot, end, (0.20, 0.10), (0, 0, 0.012), tail, ~fighter)
         out = 0.12 * y * fighter                                # a fighter has two fins
         foot, end = (0.14 - L, out, z), (0.02 - L, 1.3 * out, z + r + fin)
-        parts.wing(foot, end, (0.28, 0.14), (0, 0.014, 0), tail, fighter | (y > 0))
+        s.wing(foot, end, (0.28, 0.14), (0, 0.014, 0), tail, fighter | (y > 0))
         for k, some in ((0.34, airliner), (0.62, airliner & (fin > 0.25))):     # two or four
             x = root + k * (tip - root) + 0.5 * root_chord * (1 - k)
             at = (x, y * k * span, z + high - 0.06)
@@ -1150,7 +1099,7 @@ def build_planes(parts, draw, ground):
 @dataclass
 class BuiltIn:
     """A built-in set; its cameras look at the origin from all azimuths."""
-    build: Callable             # adds the primitives of scenes: build(parts, draw, ground)
+    build: Callable             # adds the primitives of scenes: build(sketch, ground)
     ground: float               # height of the ground plane
     background: tuple           # colour of the lit ground, in [0, 1]
     elevation: tuple            # of the cameras: lowest and highest, in degrees
@@ -1168,27 +1117,19 @@ SETS = {
 SETS["cubes"] = replace(SETS["clevr1"], build=partial(build_clevr1, kinds=(BOX,)))
 
 
-def built_in(name):
-    """The set of this name; a ValueError lists the names there are."""
-    if name not in SETS:
-        raise ValueError(f"there is no built-in set {name!r}: choose one of {', '.join(SETS)}")
-    return SETS[name]
-
-
 def random_poses(name, scenes, views=1, seed=0, start=0, device="cpu"):
     """Poses (N, V, 4, 4) of a built-in set's cameras for scenes start..start+N-1."""
-    about, scene = built_in(name), torch.arange(start, start + scenes, device=device)
-    draws = [Draw(seed, scene, stream=1 + view) for view in range(views)]
+    about, scene = SETS[name], torch.arange(start, start + scenes, device=device)
+    draws = [Sketch(seed, scene, stream=1 + view).draw for view in range(views)]
     return torch.stack([orbit(d(0, 360), d(*about.elevation), about.radius) for d in draws], 1)
 
 
 def random_scenes(name, scenes, seed=0, start=0, device="cpu"):
     """`Scenes` start..start+N-1 of a built-in set."""
-    about = built_in(name)
-    draw = Draw(seed, torch.arange(start, start + scenes, device=device))
-    parts = Parts(draw.key.float())
-    about.build(parts, draw, about.ground)
-    return parts.scenes(about.ground, about.background)
+    about, sketch = SETS[name], Sketch(seed, torch.arange(start, start + scenes, device=device))
+    about.build(sketch, about.ground)
+    columns = (torch.stack(column, 1) for column in zip(*sketch.parts))
+    return Scenes(*columns, about.ground, about.background)
 
 
 def synthetic(name, scenes, views=1, resolution=64, seed=0, device="cpu", start=0, samples=2,
@@ -1198,13 +1139,12 @@ def synthetic(name, scenes, views=1, resolution=64, seed=0, device="cpu", start=
     Scene i and its view v are the same whatever else is asked for. samples: anti-aliasing by
     samples x samples rays a pixel. Without `depth`, which takes time, `Views.depth` is None.
     """
-    about = built_in(name)
+    if name not in SETS:
+        raise ValueError(f"there is no built-in set {name!r}: choose one of {', '.join(SETS)}")
     check_counts(scenes=scenes, views=views, resolution=resolution, samples=samples)
-    if torch.device(device).type == "mps":                              # it lacks scatter_reduce
-        return synthetic(name, scenes, views, resolution, seed, "cpu", start, samples,
-                         depth).to(device)
-    poses = random_poses(name, scenes, views, seed, start, device)
-    images, depths = trace(random_scenes(name, scenes, seed, start, device), poses, about.focal,
+    about, where = SETS[name], "cpu" if torch.device(device).type == "mps" else device
+    poses = random_poses(name, scenes, views, seed, start, where)
+    images, depths = trace(random_scenes(name, scenes, seed, start, where), poses, about.focal,
                            resolution, samples, depth)
-    background = torch.tensor(about.background, device=device) * 2 - 1
-    return Views(images, poses, about.focal, background, name, depth=depths)
+    background = torch.tensor(about.background) * 2 - 1
+    return Views(images, poses, about.focal, background, name, depth=depths).to(device)

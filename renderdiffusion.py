@@ -8,16 +8,15 @@ cameras, it generates, reconstructs and inpaints scenes that can be looked at fr
 
     python renderdiffusion.py demo                       # everything, from the shipped weights
     python renderdiffusion.py train --minutes 30         # from nothing; writes out/clevr1.pt
-    python renderdiffusion.py generate --count 8
-    python renderdiffusion.py reconstruct --image photo.png --t-r 300
-    python renderdiffusion.py inpaint --image photo.png --mask mask.png
-    python renderdiffusion.py evaluate --json
-    python renderdiffusion.py export                     # coloured points (.ply)
+    python renderdiffusion.py reconstruct --image photo.png     # --help lists the other commands
+
+  x_t, t --UNet--> planes --at points on rays--> features --MLP--> density, colour --march--> x0_hat
+   ^                                                                                            |
+   +--- training: noise x0 to x_t, compare x0_hat with x0. Sampling: x_s, s < t, from x0_hat ---+
 
 The paper comes first. What goes beyond it is one section, after inpainting: a compass that tells
 the encoder its camera (`fold`), and pictures encoded from another side (`other_side`); with 0 for
-both, training is the paper's. What is our choice where the paper does not say: README.md,
-"Differences".
+both, training is the paper's. Choices of ours: README.md, "Differences".
 
 Conventions
     world    right-handed, z up; the scene fills the cube [-1, 1]^3, which the planes cover
@@ -61,9 +60,6 @@ def option(default, text, least=0, most=1e9, among=None):
                                                             among=among))
 
 
-SIDES = 16, 32, 64, 128, 256        # of pictures: halved, each ends in 4
-
-
 @dataclasses.dataclass
 class Config:
     """What a training depends on: `train`'s options, saved in every checkpoint.
@@ -74,15 +70,14 @@ class Config:
     data: str = option("clevr1", "a built-in set, a name in subsets/, or a path")
     scenes: int = option(0, "scenes to train on; 0: all there are, of built-in sets fresh ones")
     views: int = option(1, "pictures of a scene, each on its own", 1)
-    resolution: int = option(32, "image side S", among=SIDES)
+    resolution: int = option(32, "image side S", among=(16, 32, 64, 128, 256))
     # model
-    plane_size: int = option(32, "triplane side N", among=(*SIDES, 512))
+    plane_size: int = option(32, "triplane side N", among=(16, 32, 64, 128, 256, 512))
     plane_channels: int = option(16, "triplane features C", 1, 1024)
     unet_channels: int = option(48, "the U-Net's channels at side 16, a multiple of 16", 16, 1024)
     unet_blocks: int = option(1, "residual blocks a stage at sides of 16 and more", 1, 16)
     mlp_hidden: int = option(64, "width of the MLP's two hidden layers", 1, 4096)
-    fold: int = option(4, "the compass tells this times the azimuth; 0: no compass (the paper)", 0,
-                       8)
+    fold: int = option(4, "the compass tells this times the azimuth; 0: none (the paper)", 0, 8)
     samples: int = option(12, "stratified samples a ray", 1, 4096)
     fine_samples: int = option(12, "importance samples where those saw matter", 0, 4096)
     # diffusion
@@ -90,7 +85,7 @@ class Config:
     schedule: str = option("cosine", "alpha_bar", among=("cosine", "linear"))
     loss: str = option("l1", "what is wrong with a pixel", among=("l1", "l2"))
     clean_share: float = option(0.2, "share of examples without noise, which t_r = 0 needs", 0, 1)
-    other_side: float = option(0.5, "share of a batch encoded from another side; 0: the paper", 0, 1)
+    other_side: float = option(0.5, "share encoded from another side; 0: none (the paper)", 0, 1)
     other_side_from: float = option(0.4, "from this part of the training on", 0, 1)
     # training
     batch: int = option(16, "pictures a step and process", 1, 1e6)
@@ -111,20 +106,7 @@ class Config:
     elevation: tuple = (20.0, 50.0)         # the lowest and the highest camera, in degrees
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            name, value, limits = field.name, getattr(self, field.name), field.metadata
-            if not isinstance(value, (int, float) if field.type is float else field.type):
-                raise ValueError(f"{name} must be like {field.default!r}, not {value!r}")
-            if not limits:
-                if not np.isfinite(value).all() or np.size(value) != np.size(field.default):
-                    raise ValueError(f"{name} must be like {field.default!r}, not {value!r}")
-            elif limits["among"] and value not in limits["among"]:
-                raise ValueError(f"{name} must be one of {limits['among']}, not {value!r}")
-            elif field.type in (int, float) and not limits["least"] <= value <= limits["most"]:
-                raise ValueError(f"{name} must be from {limits['least']:g} to {limits['most']:g}, "
-                                 f"not {value}")
-        if self.unet_channels % 16:
-            raise ValueError(f"unet_channels must be a multiple of 16, not {self.unet_channels}")
+        check_config(self)
 
 
 # ---- Noise schedule: q(x_t | x_0) and q(x_s | x_t, x_0) ----------------------------------------
@@ -209,12 +191,10 @@ class UNet(nn.Module):
     """The encoder e: x_t (B, 3, S, S), t (B,) -> planes (B, 3C, N, N). It is not told the camera.
 
     Stages are named by their side: S / 2, ..., 8, 4 on the way down, 4, 8, ..., N / 2 up again,
-    with skips, added, and the last doubling without: a plane's texel lies in the world, a pixel
-    before the camera, so there is nothing to copy. A stage's width goes by its side alone, and
-    each of side 16 or more has its own way in and out: a stem sees the picture averaged down to
-    twice the side, a head gives planes of twice the side, which are doubled and added to what
-    larger heads give. So the network of a small picture is part of that of a larger one, and
-    grows into it (`grow`): what a larger picture adds starts at zero.
+    with skips, added. A stage's width goes by its side alone, and each of side 16 or more has its
+    own way in and out: a stem sees the picture averaged down to twice the side, a head gives planes
+    of twice the side, and smaller planes are doubled and added. So the network of a small picture
+    is part of that of a larger one, and grows into it (`grow`): what that one adds starts at zero.
     """
 
     def __init__(self, config):
@@ -279,31 +259,10 @@ class UNet(nn.Module):
                 h = block(h, emb)
             if side in self.head:
                 new = self.head[side](F.interpolate(h, scale_factor=2))
-                planes = new if planes is None else new + double(planes)
+                # doubled as `sample_triplanes` reads them: outermost texels stay at -1 and 1
+                planes = new if planes is None else new + F.interpolate(
+                    planes, scale_factor=2, mode="bilinear", align_corners=True)
         return planes                                                          # (B, 3C, N, N)
-
-
-def double(planes):
-    """Planes (B, C, N, N) -> (B, C, 2N, 2N): as `sample_triplanes` reads them, so the same field
-    (but between texels, where the doubled ones have more corners)."""
-    return F.interpolate(planes, scale_factor=2, mode="bilinear", align_corners=True)
-
-
-@torch.no_grad()
-def grow(model, weights):
-    """Fill `model` from the model `weights` of its own size, or smaller: the same function at first.
-
-    The picture may be two or four times as large (from 32 on), the planes larger, the stages deeper.
-    ValueError, naming what differs, for weights that do not fit.
-    """
-    for name in ("plane_channels", "unet_channels", "mlp_hidden", "fold", "resolution",
-                 "plane_size", "unet_blocks"):
-        its, ours = getattr(weights.config, name), getattr(model.config, name)
-        grows = {"unet_blocks": its < ours, "plane_size": 32 <= its < ours,
-                 "resolution": 32 <= its < ours <= 4 * its}
-        if its != ours and not grows.get(name):
-            raise ValueError(f"the weights have {name} = {its}, which cannot become {ours}")
-    model.load_state_dict(weights.state_dict(), strict=False)
 
 
 # ---- Triplanes and MLP: points -> density and colour -------------------------------------------
@@ -363,15 +322,10 @@ def composite(density, color, deltas, background):
     optical_depth = density * deltas
     # what lies before each sample; on GPUs a product is much faster than a cumulative sum
     K = density.shape[-1]
-    before = optical_depth @ torch.ones(K, K, device=density.device).triu(1)
+    before = optical_depth @ density.new_ones(K, K).triu(1)
     weights = torch.exp(-before) * -torch.expm1(-optical_depth)                # T_i alpha_i
     left = 1 - weights.sum(-1, keepdim=True)
     return (weights[..., None] * color).sum(-2) + left * background, weights
-
-
-def stratified(count, jitter):
-    """The middle of each of `count` equal parts of [0, 1], or by jitter (..., count) anywhere."""
-    return (torch.arange(count, device=jitter.device) + jitter) / count
 
 
 def importance_samples(edges, weights, u):
@@ -410,14 +364,16 @@ def march(field, origins, directions, samples, fine_samples, background, jitter=
         """Each sample stands for what is nearer to it than to its neighbours."""
         return torch.cat([near, (t[..., 1:] + t[..., :-1]) / 2, far], dim=-1)  # (B, R, K+1)
 
-    t = near + (far - near) * stratified(samples, jitter[..., :samples])
+    # one in each of so many equal parts (stratified): u in [0, 1]
+    u = (torch.arange(samples, device=near.device) + jitter[..., :samples]) / samples
+    t = near + (far - near) * u
     density, color = evaluate(t)
     if fine_samples:
         edges = intervals(t)
         with torch.no_grad():
             _, weights = composite(density, color, edges.diff(dim=-1), background)
-            u = stratified(fine_samples, jitter[..., samples:])
-            t_fine = importance_samples(edges, weights, u)
+            u = torch.arange(fine_samples, device=near.device) + jitter[..., samples:]
+            t_fine = importance_samples(edges, weights, u / fine_samples)
         density_fine, color_fine = evaluate(t_fine)
         t, order = torch.sort(torch.cat([t, t_fine], dim=-1), dim=-1)
         density = torch.cat([density, density_fine], dim=-1).gather(-1, order)
@@ -455,16 +411,12 @@ class RenderDiffusion(nn.Module):
             planes = self.unet(x_t, t)
         return planes.float().reshape(len(x_t), 3, -1, N, N)
 
-    def field(self, planes, points):
-        """Planes (B, 3, C, N, N) at points (B, P, 3) -> density (B, P), colour (B, P, 3)."""
-        return self.mlp(points, sample_triplanes(planes, points))
-
     def march(self, planes, origins, directions, jitter=None, fine=True):
         """Rays (B, R, 3) through planes -> rgb (B, R, 3) in [0, 1], depth, opacity (B, R); without
         importance samples if not `fine`. jitter: as for the function of this name.
         """
-        return march(lambda points: self.field(planes, points), origins, directions,
-                     self.config.samples, self.config.fine_samples if fine else 0,
+        return march(lambda points: self.mlp(points, sample_triplanes(planes, points)), origins,
+                     directions, self.config.samples, self.config.fine_samples if fine else 0,
                      self.background, jitter)
 
     def render(self, planes, poses, focal=None, resolution=None, fine=True):
@@ -505,8 +457,8 @@ def draw_levels(config, B, device):
     return torch.where(u < config.clean_share, 0, t)
 
 
-# Mere background is soon learnt: where rays are drawn its pixels have this weight, all others 1. The
-# loss is not corrected for it: what is to be seen counts more.
+# Mere background is soon learnt: where rays are drawn its pixels have this weight, all others 1.
+# The loss is not corrected for it: what is to be seen counts more.
 EMPTY_RAYS = 0.1
 
 
@@ -535,9 +487,9 @@ def denoising_loss(model, x0, poses, source=None):
     return compare(x0_hat, target)
 
 
-def learning_rate(config, step, progress):
+def learning_rate(config, step, done):
     """Warm-up over 100 steps, then constant, and a linear fall over the last 30 %."""
-    return config.lr * min(1, (step + 1) / 100, max(0.02, (1 - progress) / 0.3))
+    return config.lr * min(1, (step + 1) / 100, max(0.02, (1 - done) / 0.3))
 
 
 @torch.no_grad()
@@ -547,51 +499,17 @@ def update_average(ema, model, step, decay=0.999):
                          1 - min(decay, (1 + step) / (10 + step)))
 
 
-def training_path(config):
-    """Where `train` writes: OUT/DATA.pt."""
-    return Path(config.out) / f"{Path(config.data).resolve().name.removesuffix('.npz')}.pt"
-
-
-def join_processes(device):
-    """Join those that torchrun started -> this one's number and how many there are; ValueError
-    where what torchrun sets in the environment is incomplete, or GPUs are too few."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    missing = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - set(os.environ)
-    if missing and (world > 1 or "RANK" in os.environ):
-        raise ValueError(f"{', '.join(sorted(missing))} is not set: start processes by torchrun")
-    if world > 1:
-        if device.type == "cuda":
-            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-                raise ValueError(f"{torch.cuda.device_count()} GPUs cannot have more processes: "
-                                 "lower --nproc_per_node")
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))    # what "cuda" means from here on
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return int(os.environ.get("RANK", 0)), world
-
-
-def shared_clock(seconds, world, device):
-    """The same seconds for all processes, the most of any: they end at the same step."""
-    if world > 1:
-        seconds = torch.tensor(seconds, device=device)
-        torch.distributed.all_reduce(seconds, torch.distributed.ReduceOp.MAX)
-    return float(seconds)
-
-
 def train(config, loss=denoising_loss):
     """Train from single posed pictures -> the averaged model, in eval mode.
 
-    Writes OUT/DATA.pt at the start and every two minutes, with samples and a line of OUT/DATA.csv
-    beside it. Ctrl-C or a crash loses what came after; `resume` goes on from there. A checkpoint
-    that is there is never overwritten. Under torchrun each process has scenes of its own and
-    gradients are averaged. ValueError or OSError for what cannot be trained or written,
-    FloatingPointError when loss or weights are no longer finite. `loss`: as `denoising_loss`.
+    Writes OUT/DATA.pt at the start and every two minutes; Ctrl-C or a crash loses what came after,
+    and `resume` goes on from there. A checkpoint that is there is never overwritten. Under torchrun
+    each process has scenes of its own and gradients are averaged. ValueError or OSError for what
+    cannot be trained or written, FloatingPointError when loss or weights are no longer finite.
     """
-    path = training_path(config)
-    if path.exists() != config.resume:
-        raise ValueError(f"there is {'no' if config.resume else 'a'} checkpoint {path}: " + (
-            "leave --resume away" if config.resume else "go on with it by --resume, or give "
-            "another --out"))
-    device = pick_device(config.device)
+    path, device = training_path(config), pick_device(config.device)
+    if path.exists() and not config.resume:
+        raise ValueError(f"{path} is there: go on with it by --resume, or give another --out")
     rank, world = join_processes(device)
     draw, camera = training_pictures(config, device, rank, world)
     config = dataclasses.replace(config, **camera)
@@ -607,16 +525,15 @@ def train(config, loss=denoising_loss):
                                  fused=device.type in ("cuda", "cpu"))
     step, seconds = resume(path, model, ema, optimizer) if config.resume else (0, 0.0)
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    journal = Journal(path, model, ema, optimizer, step, seconds) if rank == 0 else None
+    journal = Journal(path, model, ema, optimizer, step) if rank == 0 else None
     start = time.time() - seconds
-    while (progress := seconds / 60 / config.minutes if config.minutes else
-           step / config.steps) < 1:
+    while (done := progress_of(config, step, seconds)) < 1:
         torch.manual_seed(mix(mix(mix(config.seed) ^ step) ^ rank))     # resumed, it draws the same
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, progress)
+            group["lr"] = learning_rate(config, step, done)
         x0, poses = draw(step)
         source, seen_from = x0, poses
-        if progress >= config.other_side_from:
+        if done >= config.other_side_from:
             source, seen_from = from_another_side(ema, x0, poses)
         value = loss(parallel, x0, poses, source)
         if model.unet.compass:
@@ -628,10 +545,9 @@ def train(config, loss=denoising_loss):
         update_average(ema, model, step)
         step, seconds = step + 1, shared_clock(time.time() - start, world, device)
         if journal:
-            journal.add(step, seconds, value.detach(), progress, world)
+            journal.add(value.detach(), step, seconds, world)
     if journal:
-        journal.save(final=True)
-        print(f"{step} steps, {seconds / 60:.1f} minutes; wrote {path}")
+        print(f"wrote {path}")
     if world > 1:
         torch.distributed.destroy_process_group()
     return ema
@@ -700,39 +616,6 @@ def generate(model, poses, steps=20, eta=0.0, seed=0):
 # ---- Reconstruction ----------------------------------------------------------------------------
 
 @torch.no_grad()
-def find_poses(model, images, masks=None):
-    """The cameras (B, 4, 4) of images (B, 3, S, S), known where masks (B, 1, S, S) are 1.
-
-    The encoder needs none, so the picture's planes are rendered from candidates all over the
-    training cameras' sphere, then round the best one in steps that halve.
-    """
-    config, S = model.config, model.config.resolution
-    (low, high), sphere = config.elevation, config.radius
-    known = torch.ones_like(images[:, :1]) if masks is None else masks.to(images)
-    images = torch.where(known > 0.5, images, (model.background * 2 - 1).view(3, 1, 1))
-    planes = model.encode(images, 0)
-
-    def best_of(candidates, S):                 # (K, B, 2) azimuths and elevations -> (B, 2)
-        target, weight = (F.adaptive_avg_pool2d(x, S) for x in (images, known))
-        errors = []
-        for angles in progress(candidates, len(candidates), "cameras"):
-            shown, _, _ = model.render(planes, orbit(*angles.T, sphere), resolution=S, fine=False)
-            errors.append((weight * (shown - target).square()).mean((1, 2, 3)))
-        return candidates[torch.stack(errors).argmin(0), torch.arange(len(images))]
-
-    azimuths = torch.arange(0.0, 360, 12)
-    elevations = torch.linspace(low, high, 2 + int((high - low) / 12))
-    sides = torch.cartesian_prod(azimuths, elevations).to(images)[:, None]     # (K, 1, 2)
-    best = best_of(sides.expand(-1, len(images), 2), min(S, 16))
-    around = torch.cartesian_prod(*[torch.tensor([-1.0, 0, 1])] * 2).to(images)[:, None]
-    for step in (6.0, 3.0, 1.5):                # from half the grid's on: no gaps
-        candidates = best + step * around
-        candidates[..., 1].clamp_(low, high)
-        best = best_of(candidates, min(S, 32))
-    return orbit(*best.T, sphere)
-
-
-@torch.no_grad()
 def reconstruct(model, images, poses=None, t_r=0, steps=None, seed=0):
     """Images (B, 3, S, S) in [-1, 1] -> planes, which `model.render` shows from anywhere.
 
@@ -793,11 +676,10 @@ def inpaint(model, images, masks, poses=None, steps=20, jump_length=5, jump_n_sa
     RePaint (Lugmayr et al. 2022, algorithm 1) as its code has it: before each step down, the known
     pixels are set to the picture noised to the level of x_t; each jump up noises everything. (The
     paper's line 5 misprints that noise's factor; it is sqrt(1 - alpha_bar).) Beyond RePaint, each
-    step also goes down `guidance` times a gradient (`guidance_gradient`), or else what fills a
-    large hole ignores what is round it. At the end the known pixels are put back as they are, and
-    this picture is encoded at t = 0: it shows the known part exactly, the planes reconstruct it.
-    Poses (B, 4, 4) are found where None. ValueError for masks that do not fit, or that hide
-    nothing or everything.
+    step also goes down `guidance` times a gradient, or else what fills a large hole ignores what is
+    round it. At the end the known pixels are put back, and this picture is encoded at t = 0.
+    Poses (B, 4, 4) are found where None. ValueError for masks that do not fit, or hide nothing or
+    everything.
     """
     if masks.shape != (shape := (len(images), 1, *images.shape[2:])):
         raise ValueError(f"masks must be {shape} to fit the images, not {tuple(masks.shape)}")
@@ -859,17 +741,13 @@ class Compass(nn.Module):
         return self.layers(F.adaptive_avg_pool2d(x_t, self.side))[:, :, 0, 0].float()
 
     def embed(self, x_t):
-        """What the encoder's stages on the way up are told: (B, 4 unet_channels). The estimate is
-        detached: the planes are not to bend it."""
-        return self.turn(multiply_angle(self(x_t).detach(), self.config.fold))
-
-
-def multiply_angle(z, count):
-    """Vectors (B, 2) -> (B, 2) at `count` times their angles, their lengths to the power `count`:
-    an estimate that is unsure is short, and so counts for less.
-    """
-    length, angle = z.norm(dim=1, keepdim=True), torch.atan2(z[:, 1:], z[:, :1])
-    return length ** count * torch.cat([(count * angle).cos(), (count * angle).sin()], dim=1)
+        """What the encoder's stages on the way up are told: (B, 4 unet_channels). As a complex
+        number to the power `fold` the estimate has that many times the angle, and one that is
+        unsure, so short, is shorter still. Detached: the planes are not to bend it."""
+        c, s = x, y = self(x_t).detach().unbind(1)
+        for _ in range(self.config.fold - 1):
+            x, y = x * c - y * s, x * s + y * c
+        return self.turn(torch.stack([x, y], dim=1))
 
 
 def compass_loss(compass, pictures, poses):
@@ -883,10 +761,10 @@ def compass_loss(compass, pictures, poses):
 @torch.no_grad()
 def from_another_side(ema, x0, poses):
     """Pictures (B, 3, S, S) to be encoded, and their poses: in a share `other_side` of them what
-    the averaged model shows of the scene from the next picture's camera, else x0 itself.
+    the averaged model shows of the scene from another picture's camera, else x0 itself.
 
-    Planes that must be right from x0's camera, made from such a picture, must hold where the
-    encoder did not look; and training still sees one view a scene.
+    What is compared stays x0 at its own camera: so planes must hold where the encoder did not look,
+    and training still sees one view a scene.
     """
     n = round(len(x0) * ema.config.other_side)
     source, seen_from = x0.clone(), poses.clone()
@@ -931,7 +809,7 @@ def evaluate(model, views, t_r=0):
     """Reconstruct view 0 of each scene, compare with all views -> dict of psnr (dB) and ssim.
 
     Keys: input (view 0), novel (the others), and for the novel views what needs no 3D at all:
-    baseline_mean_image, baseline_input_copied. ValueError for `Views` of one view a scene.
+    baseline_mean_image (of these views), baseline_input_copied. ValueError for one view a scene.
     """
     if views.images.shape[1] < 2:
         raise ValueError("evaluation needs at least 2 views a scene: the input and a novel one")
@@ -951,76 +829,64 @@ def evaluate(model, views, t_r=0):
             for key, score in scores.items()}
 
 
-class Journal:
-    """What a training says and writes, by one process: a line every five seconds; every two minutes
-    the checkpoint, eight samples, what held-out views say, and a line of OUT/DATA.csv of it."""
+@torch.no_grad()
+def find_poses(model, images, masks=None):
+    """The cameras (B, 4, 4) of images (B, 3, S, S), known where masks (B, 1, S, S) are 1.
 
-    def __init__(self, path, model, ema, optimizer, step, seconds):
-        self.path, self.model, self.ema, self.optimizer = path, model, ema, optimizer
-        self.step, self.seconds, self.losses, self.mean = step, seconds, [], math.nan
-        self.views = test_views(ema.config, 32, 3, model.background.device)
-        self.logged = self.saved = time.time()
-        if step == 0:
-            self.save_checkpoint()          # also says at once where nothing can be written
+    The encoder needs none, so the picture's planes are rendered from candidates all over the
+    training cameras' sphere, then round the best one in steps that halve.
+    """
+    config, S = model.config, model.config.resolution
+    (low, high), sphere = config.elevation, config.radius
+    known = torch.ones_like(images[:, :1]) if masks is None else masks.to(images)
+    images = torch.where(known > 0.5, images, (model.background * 2 - 1).view(3, 1, 1))
+    planes = model.encode(images, 0)
 
-    def add(self, step, seconds, loss, progress, world):
-        """Take note of a step's loss, a tensor; FloatingPointError where it is not finite."""
-        self.step, self.seconds = step, seconds
-        self.losses.append(loss)
-        if time.time() - self.logged > 5:
-            speed = len(self.losses) * self.ema.config.batch * world / (time.time() - self.logged)
-            self.look_at_losses()
-            print(f"step {step}  loss {self.mean:.4f}  {speed:.0f} images/s  {seconds / 60:.1f} "
-                  f"min, {seconds / 60 * (1 / progress - 1) if progress else math.inf:.1f} left",
-                  flush=True)
-        if time.time() - self.saved > 120:
-            self.save()
+    def best_of(candidates, S):                 # (K, B, 2) azimuths and elevations -> (B, 2)
+        target, weight = (F.adaptive_avg_pool2d(x, S) for x in (images, known))
+        errors = []
+        for angles in progress(candidates, len(candidates), "cameras"):
+            shown, _, _ = model.render(planes, orbit(*angles.T, sphere), resolution=S, fine=False)
+            errors.append((weight * (shown - target).square()).mean((1, 2, 3)))
+        return candidates[torch.stack(errors).argmin(0), torch.arange(len(images))]
 
-    def look_at_losses(self):
-        values = torch.stack(self.losses).tolist()                             # waits for a GPU
-        if not np.isfinite(values).all():
-            raise FloatingPointError(f"the loss is not finite at step {self.step}: try a lower "
-                                     f"--lr; what was saved before is in {self.path}")
-        self.losses, self.mean, self.logged = [], float(np.mean(values)), time.time()
-
-    def save_checkpoint(self):
-        save_checkpoint(self.path, self.ema, dict(
-            model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step,
-            seconds=self.seconds))
-
-    def save(self, final=False):
-        """Checkpoint, samples and scores. Where samples or table cannot be written, it warns."""
-        if self.losses:
-            self.look_at_losses()
-        self.save_checkpoint()
-        text, row = "", ["", ""]
-        if self.views:
-            scores = evaluate(self.ema, self.views)
-            row = [f"{scores[key]['psnr']:.3f}" for key in ("input", "novel")]
-            text = "  held-out PSNR: input view {} dB, novel views {} dB\n".format(*row)
-        images, planes = generate(self.ema, turn_poses(self.ema, 0, 8),
-                                  min(10, self.ema.config.timesteps))
-        filled = self.ema.render(planes, turn_poses(self.ema, 0, 8))[2].mean().item()
-        if filled < 0.01 or filled > 0.99:
-            text += (f"  warning: all rays {'miss' if filled < 0.5 else 'end in'} the volume; if it "
-                     "stays so, train anew with a lower --lr\n")
-        samples, table = self.path.with_suffix(".png"), self.path.with_suffix(".csv")
-        try:
-            save_grid(samples, {"samples": images})
-            new = not table.exists()
-            with open(table, "a", encoding="utf-8") as file:
-                line = [self.step, f"{self.seconds / 60:.2f}", f"{self.mean:.5f}", *row]
-                file.write("step,minutes,loss,input_psnr,novel_psnr\n" * new)
-                file.write(",".join(map(str, line)) + "\n")
-        except OSError as error:
-            print(f"warning: {first_line(error)}; training goes on", file=sys.stderr)
-        print(f"{text}  samples: {samples}", flush=True)
-        self.saved = self.logged = time.time()
+    azimuths = torch.arange(0.0, 360, 12)
+    elevations = torch.linspace(low, high, 2 + int((high - low) / 12))
+    sides = torch.cartesian_prod(azimuths, elevations).to(images)[:, None]     # (K, 1, 2)
+    best = best_of(sides.expand(-1, len(images), 2), min(S, 16))
+    around = torch.cartesian_prod(*[torch.tensor([-1.0, 0, 1])] * 2).to(images)[:, None]
+    for step in (6.0, 3.0, 1.5):                # from half the grid's on: no gaps
+        candidates = best + step * around
+        candidates[..., 1].clamp_(low, high)
+        best = best_of(candidates, min(S, 32))
+    return orbit(*best.T, sphere)
 
 
-# ---- Checkpoints and devices -------------------------------------------------------------------
+# ---- Checkpoints, and what a training says -----------------------------------------------------
 
 VERSION, SHIPPED = 2, Path(__file__).resolve().parent / "checkpoints"
+
+
+def check_config(config):
+    """ValueError, one sentence, for the first field of a `Config` that cannot be."""
+    for field in dataclasses.fields(config):
+        name, value, limits = field.name, getattr(config, field.name), field.metadata
+        fits = isinstance(value, (int, float) if field.type is float else field.type)
+        if not limits or not fits:
+            if not fits or np.size(value) != np.size(field.default) or not np.isfinite(value).all():
+                raise ValueError(f"{name} must be like {field.default!r}, not {value!r}")
+        elif limits["among"] and value not in limits["among"]:
+            raise ValueError(f"{name} must be one of {limits['among']}, not {value!r}")
+        elif field.type in (int, float) and not limits["least"] <= value <= limits["most"]:
+            raise ValueError("{} must be from {least:g} to {most:g}, not {}".format(
+                name, value, **limits))
+    if config.unet_channels % 16:
+        raise ValueError(f"unet_channels must be a multiple of 16, not {config.unet_channels}")
+
+
+def first_line(error):
+    """An error's first line, shortened: what fits into one sentence."""
+    return str(error).strip().split("\n")[0][:300]
 
 
 def write(path, writer):
@@ -1038,10 +904,9 @@ def write(path, writer):
 
 def save_checkpoint(path, model, training=None):
     """Write the (averaged) model's weights and config, in half precision, to share; or in full,
-    with the dict `training` beside them, to resume. FloatingPointError for weights that no
-    program would load."""
+    with the dict `training` beside them, to resume. FloatingPointError for weights not to load."""
     weights, config = model.state_dict(), model.config
-    if not all(weight.abs().max() < 1e4 for weight in weights.values()):
+    if not all(weight.abs().max() < 1e4 for weight in weights.values()):       # NaN, too
         raise FloatingPointError("the weights are not finite or beyond 10,000: try a lower --lr")
     if training is None:
         weights = {name: weight.half() for name, weight in weights.items()}
@@ -1071,8 +936,8 @@ def load_checkpoint(name_or_path, device="cpu"):
         config = Config(**state["config"])
         with torch.device("meta"):                  # its sizes, before memory is taken for them
             RenderDiffusion(config).load_state_dict(state["weights"], assign=True)
-        if not all(weight.abs().max() < 1e6 for weight in state["weights"].values()):
-            raise ValueError("its weights are not finite, or beyond a million")
+        if not all(weight.abs().max() < 1e4 for weight in state["weights"].values()):
+            raise ValueError("its weights are not finite, or beyond 10,000")
         model = RenderDiffusion(config)
         model.load_state_dict(state["weights"])
     except Exception as error:                      # torch.load alone raises a dozen kinds
@@ -1089,48 +954,125 @@ def resume(path, model, ema, optimizer):
     try:
         if "optimizer" not in state:
             raise ValueError("it holds weights alone; begin a training with them by --init")
-        for field in dataclasses.fields(Config)[:14]:          # data, model, T, schedule
-            if state["config"][field.name] != (ours := getattr(model.config, field.name)):
-                raise ValueError(f"it was trained with {field.name} = "
-                                 f"{state['config'][field.name]!r}, not {ours!r}")
+        for field in dataclasses.fields(Config)[:14]:           # data, model, T and schedule
+            if (its := state["config"][field.name]) != getattr(model.config, field.name):
+                raise ValueError(f"it was trained with {field.name} = {its!r}")
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
         if any(value.layout != torch.strided or value.shape not in ((), weight.shape)
                for weight, kept in optimizer.state.items() for value in kept.values()):
             raise ValueError("its optimizer's state does not fit its weights")
-        return int(state["step"]), float(state["seconds"])
+        step, seconds = int(state["step"]), float(state["seconds"])
+        if progress_of(model.config, step, seconds) >= 1:
+            raise ValueError(f"it has had its {step} steps, {seconds / 60:.1f} minutes: give more")
+        return step, seconds
     except Exception as error:                      # torch raises half a dozen kinds
         raise ValueError(f"{path} cannot be gone on with: {first_line(error)}") from None
 
 
-def first_line(error):
-    """An error's first line, shortened: what fits into one sentence."""
-    return str(error).strip().split("\n")[0][:300]
+@torch.no_grad()
+def grow(model, weights):
+    """Fill `model` from the model `weights` of its own size or a smaller one: the same function at
+    first. Pictures (from 32 on) may be two or four times as large, planes larger, stages deeper.
+    ValueError, naming what differs, for weights that do not fit.
+    """
+    for name in ("plane_channels", "unet_channels", "mlp_hidden", "fold", "resolution",
+                 "plane_size", "unet_blocks"):
+        its, ours = getattr(weights.config, name), getattr(model.config, name)
+        grows = {"unet_blocks": its < ours, "plane_size": 32 <= its < ours,
+                 "resolution": 32 <= its < ours <= 4 * its}
+        if its != ours and not grows.get(name):
+            raise ValueError(f"the weights have {name} = {its}, which cannot become {ours}")
+    model.load_state_dict(weights.state_dict(), strict=False)
+    for side, stem in model.unet.stem.items():      # a skip new to a trained stage starts at zero
+        if side not in weights.unet.stem and side in weights.unet.up:
+            nn.init.zeros_(stem.weight)
+            nn.init.zeros_(stem.bias)
 
+
+def progress_of(config, step, seconds):
+    """How much of a training is done: 0 to 1, by the clock if `minutes` are given."""
+    return seconds / 60 / config.minutes if config.minutes else step / config.steps
+
+
+class Journal:
+    """What a training says and writes, by one process: a line every five seconds; every two minutes
+    the checkpoint, eight samples, what held-out views say, and a line of OUT/DATA.csv of it."""
+
+    def __init__(self, path, model, ema, optimizer, step):
+        self.path, self.model, self.ema, self.optimizer = path, model, ema, optimizer
+        self.losses, self.logged, self.saved = [], time.time(), time.time()
+        self.views = test_views(ema.config, 32, 3, model.background.device)
+        if step == 0:
+            self.save_checkpoint(0, 0.0)            # says at once where nothing can be written
+
+    def save_checkpoint(self, step, seconds):
+        save_checkpoint(self.path, self.ema, dict(
+            model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=step,
+            seconds=seconds))
+
+    def add(self, loss, step, seconds, world):
+        """Take note of a step's loss, a tensor; FloatingPointError where it is not finite."""
+        self.losses.append(loss)
+        passed, minutes = time.time() - self.logged, seconds / 60
+        done = progress_of(self.ema.config, step, seconds)
+        if passed < 5 and done < 1:
+            return
+        values = torch.stack(self.losses).tolist()                             # waits for a GPU
+        if not np.isfinite(values).all():
+            raise FloatingPointError(f"the loss is not finite by step {step}: try a lower --lr; "
+                                     f"what was saved before is in {self.path}")
+        speed, mean = len(values) * self.ema.config.batch * world / passed, float(np.mean(values))
+        print(f"step {step}  loss {mean:.4f}  {speed:.0f} images/s  {minutes:.1f} min, "
+              f"{max(0, minutes / done - minutes):.1f} left", flush=True)
+        if time.time() - self.saved > 120 or done >= 1:
+            self.save_checkpoint(step, seconds)
+            try:
+                self.judge(step, minutes, mean)
+            except OSError as error:
+                print(f"warning: {first_line(error)}; training goes on", file=sys.stderr)
+            self.saved = time.time()
+        self.losses, self.logged = [], time.time()
+
+    def judge(self, step, minutes, loss):
+        """Write OUT/DATA.png and a line of OUT/DATA.csv, and say what they show."""
+        row, config = ["", ""], self.ema.config
+        if self.views:
+            scores = evaluate(self.ema, self.views)
+            row = [f"{scores[key]['psnr']:.2f}" for key in ("input", "novel")]
+            print("  held-out PSNR: input view {} dB, novel views {} dB".format(*row), flush=True)
+        poses = turn_poses(self.ema, 0, 8)
+        images, planes = generate(self.ema, poses, min(10, config.timesteps))
+        filled = self.ema.render(planes, poses)[2].mean().item()
+        if not 0.01 < filled < 0.99:
+            print(f"  warning: all rays {'miss' if filled < 0.5 else 'end in'} the volume; if it "
+                  "stays so, train anew with a lower --lr")
+        table = self.path.with_suffix(".csv")
+        heads = b"step,minutes,loss,input_psnr,novel_psnr\n"
+        before = table.read_bytes() if table.exists() else heads
+        line = ",".join([str(step), f"{minutes:.2f}", f"{loss:.5f}", *row]) + "\n"
+        write(table, lambda file: file.write(before + line.encode()))
+        save_grid(self.path.with_suffix(".png"), {"samples": images})
+
+
+# ---- Devices and processes ---------------------------------------------------------------------
 
 def pick_device(name):
     """A torch device; auto is cuda, mps or cpu, the first that works. ValueError for others."""
-    def works(name):                # older torch lacks this step of training on mps
-        planes = torch.ones(1, 1, 2, 2, device=name, requires_grad=True)
-        F.grid_sample(planes, planes.detach().expand(1, 2, 2, 2).permute(0, 2, 3, 1),
-                      align_corners=True).sum().backward()
-        return planes.device
-
-    if name == "auto":
-        if torch.cuda.is_available():
-            name = "cuda"
-        elif torch.backends.mps.is_available():
-            try:
-                return works("mps")
-            except (RuntimeError, NotImplementedError):
-                print("mps lacks what training needs in this torch: the CPU is used",
-                      file=sys.stderr)
-        name = "cuda" if name == "cuda" else "cpu"
-    try:
-        return works(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {first_line(error)}") from None
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    names = [n for n in ("cuda", "mps", "cpu") if there.get(n, True)] if name == "auto" else [name]
+    for name in names:
+        try:                                        # older torch lacks this step on mps
+            planes = torch.ones(1, 1, 2, 2, device=name, requires_grad=True)
+            F.grid_sample(planes, planes.detach().expand(1, 2, 2, 2).permute(0, 2, 3, 1),
+                          align_corners=True).sum().backward()
+            return torch.device(name)               # without a number: "cuda" is this process's
+        except Exception as error:                  # each kind of device has its own
+            said = f"device {name!r} cannot be used: {first_line(error)}"
+            if name != names[-1]:
+                print(said, file=sys.stderr)
+    raise ValueError(said)
 
 
 def bf16_is_fast(device):
@@ -1150,6 +1092,33 @@ def compile_unet(model):
     model.unet.compile()
 
 
+def training_path(config):
+    """Where `train` writes: OUT/DATA.pt."""
+    return Path(config.out) / f"{Path(config.data).resolve().name.removesuffix('.npz')}.pt"
+
+
+def join_processes(device):
+    """Join those that torchrun started -> this one's number and how many there are; ValueError for
+    more processes than GPUs, or, torch's own, where the environment is incomplete."""
+    if (world := int(os.environ.get("WORLD_SIZE", 1))) == 1:
+        return 0, 1
+    nccl = device.type == "cuda" and torch.distributed.is_nccl_available()     # Linux alone
+    if device.type == "cuda":
+        if (local := int(os.environ.get("LOCAL_RANK", 0))) >= torch.cuda.device_count():
+            raise ValueError(f"there are {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+        torch.cuda.set_device(local)                # what "cuda" means from here on
+    torch.distributed.init_process_group("nccl" if nccl else "gloo")
+    return torch.distributed.get_rank(), world
+
+
+def shared_clock(seconds, world, device):
+    """The same seconds for all processes, the most of any: they end at the same step."""
+    if world > 1:
+        seconds = torch.tensor(seconds, device=device)
+        torch.distributed.all_reduce(seconds, torch.distributed.ReduceOp.MAX)
+    return float(seconds)
+
+
 # ---- Pictures ----------------------------------------------------------------------------------
 
 def to_bytes(images):
@@ -1157,42 +1126,32 @@ def to_bytes(images):
     return (to_unit(images) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def opaque_depth(depth, opacity):
-    """Depth (B, S, S) where rays are mostly stopped, NaN elsewhere: there it says nothing."""
-    return torch.where(opacity > 0.5, depth, math.nan)
-
-
 def depth_colors(depth, near=None, far=None):
     """Depth (B, S, S) as colours (B, 3, S, S) in [-1, 1]: near is bright, far is dark, NaN white.
-    near and far: None are the least and the most of each picture."""
+    near and far: None are the least and the most of all."""
     from matplotlib import colormaps            # imported late: a kernel's MPLBACKEND may not exist
-    flat = depth.flatten(1)
-    near = flat.nan_to_num(math.inf).amin(1).view(-1, 1, 1) if near is None else near
-    far = flat.nan_to_num(-math.inf).amax(1).view(-1, 1, 1) if far is None else far
-    unit = ((depth - near) / (far - near + 1e-9)).cpu().numpy()
-    colors = colormaps["viridis_r"].with_extremes(bad="white")(np.ma.masked_invalid(unit))
-    return torch.tensor(colors[..., :3]).permute(0, 3, 1, 2).float() * 2 - 1
+    near = depth.nan_to_num(math.inf).min() if near is None else near
+    far = depth.nan_to_num(-math.inf).max() if far is None else far
+    unit = np.ma.masked_invalid(((depth - near) / (far - near + 1e-9)).cpu().numpy())
+    colors = colormaps["viridis_r"].with_extremes(bad="white")(unit)[..., :3]
+    return torch.tensor(colors).permute(0, 3, 1, 2).float() * 2 - 1
 
 
-def picture_side(model):
-    """The side of pictures to look at: planes are continuous, so twice that of training."""
-    return max(128, 2 * model.config.resolution)
-
-
-def turned(poses, degrees):
-    """Poses (..., 4, 4) of the same cameras, moved round the z axis by an angle."""
-    turn = torch.eye(4).to(poses)
-    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+def show(model, planes, poses, angle=0):
+    """What planes (B, ...) show from poses turned round the z axis by an angle, at twice the
+    training's size or more, since they are continuous: images; and depth, NaN where rays are
+    mostly not stopped."""
+    turn, (c, s) = torch.eye(4).to(poses), (f(math.radians(angle)) for f in (math.cos, math.sin))
     turn[:2, :2] = torch.tensor([[c, -s], [s, c]])
-    return turn @ poses
+    side = max(128, 2 * model.config.resolution)
+    images, depth, opacity = model.render(planes, turn @ poses, resolution=side)
+    return images, torch.where(opacity > 0.5, depth, math.nan)
 
 
 def views_around(model, planes, poses, angles=(40, 80, 160, 240)):
-    """Rows for `save_grid`: planes (B, ...) seen from poses moved by these angles, and depth."""
-    side = picture_side(model)
-    rows = {f"turned by {angle}°": model.render(planes, turned(poses, angle), resolution=side)[0]
-            for angle in angles}
-    return rows | {"depth": opaque_depth(*model.render(planes, poses, resolution=side)[1:])}
+    """Rows for `save_grid`: planes (B, ...) seen from poses turned by these angles, and depth."""
+    rows = {f"turned by {angle}°": show(model, planes, poses, angle)[0] for angle in angles}
+    return rows | {"depth": show(model, planes, poses)[1]}
 
 
 def save_grid(path, rows):
@@ -1200,15 +1159,13 @@ def save_grid(path, rows):
     column a scene; a single scene is laid out as a row. Depth maps share one scale."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
-    depths = [rows[label].nan_to_num(math.nan) for label in rows if rows[label].dim() == 3]
-    width = len(next(iter(rows.values())))
-    shape = (len(rows), width) if width > 1 else (1, len(rows))
-    figure = Figure(figsize=(1.3 * shape[1] + 1.6, 1.3 * shape[0] + 0.3), dpi=120,
-                    layout="constrained")
+    depths = [images[images.isfinite()] for images in rows.values() if images.dim() == 3]
+    depths = torch.cat(depths) if depths else torch.zeros(0)
+    near, far = (depths.min().item(), depths.max().item()) if len(depths) else (0.0, 1.0)
+    count, width = len(rows), len(next(iter(rows.values())))
+    shape = (count, width) if width > 1 else (1, count)
+    figure = Figure((1.3 * shape[1] + 1.6, 1.3 * shape[0] + 0.3), dpi=120, layout="constrained")
     axes = figure.subplots(*shape, squeeze=False)
-    if depths:
-        flat = torch.cat([depth[depth.isfinite()] for depth in depths])
-        near, far = (flat.min().item(), flat.max().item()) if len(flat) else (0.0, 1.0)
     for line, (label, images) in zip(axes if width > 1 else axes.T, rows.items()):
         is_depth = images.dim() == 3
         for axis, image in zip(line, to_bytes(depth_colors(images, near, far)
@@ -1228,10 +1185,10 @@ def save_grid(path, rows):
 
 def save_turntable(path, model, planes, frames=20):
     """Write a GIF of all planes (B, ...) side by side, turning once round."""
-    pictures, side = [], picture_side(model)
+    pictures = []
     for pose in progress(turn_poses(model, 0, frames), frames, "turntable"):
-        shown = model.render(planes, pose, resolution=side)[0]
-        pictures.append(Image.fromarray(np.concatenate(list(to_bytes(shown)), axis=1)))
+        strip = np.concatenate(list(to_bytes(show(model, planes, pose)[0])), axis=1)
+        pictures.append(Image.fromarray(strip))
     write(path, lambda file: pictures[0].save(file, format="GIF", save_all=True, loop=0,
                                               duration=80, append_images=pictures[1:]))
 
@@ -1241,16 +1198,16 @@ def surface_points(model, planes, poses, resolution=64):
     points, unit normals and colours in [0, 1], each (P, 3).
     """
     parts = []
-    for pose in progress(poses, len(poses), "surface"):
+    for pose in progress(poses.to(planes), len(poses), "surface"):
         origins, directions = camera_rays(pose[None], model.config.focal, resolution)
         _, far = ray_interval(origins, directions)
         with torch.no_grad():
             _, depth, opacity = model.march(planes, origins, directions)
-        t = (depth - (1 - opacity) * far) / opacity.clamp(min=1e-3)     # without what passes through
+        t = (depth - (1 - opacity) * far) / opacity.clamp(min=1e-3)     # of what is stopped
         points = (origins + t[..., None] * directions)[opacity > 0.5][None]    # (1, P, 3)
         with torch.inference_mode(False), torch.enable_grad():
             points = points.clone().requires_grad_()
-            density, color = model.field(planes.clone(), points)
+            density, color = model.mlp(points, sample_triplanes(planes.clone(), points))
             normal = -torch.autograd.grad(density.sum(), points)[0]            # out of the matter
         parts.append(torch.stack([points.detach(), F.normalize(normal, dim=-1), color.detach()]))
     return torch.cat(parts, dim=2)[:, 0]                                       # (3, P, 3)
@@ -1269,120 +1226,111 @@ def save_ply(path, points, normals, colors):
 
 # ---- Command line ------------------------------------------------------------------------------
 
-def writable(out):
-    """OSError, before the work, where nothing can be written to a folder."""
-    Path(out).mkdir(parents=True, exist_ok=True)
-    with TemporaryFile(dir=out):
-        pass
-
-
 def finish(rows, model, planes, out, name, gif=True):
     """Write OUT/NAME.png from rows and, if `gif`, OUT/NAME.gif from planes; name them."""
-    paths = [Path(out) / f"{name}.png"]
-    save_grid(paths[0], rows)
+    path = Path(out) / f"{name}.png"
+    save_grid(path, rows)
     if gif:
-        paths.append(paths[0].with_suffix(".gif"))
-        save_turntable(paths[1], model, planes)
-    print("wrote", " and ".join(map(str, paths)))
+        save_turntable(path.with_suffix(".gif"), model, planes)
+    print(f"wrote {path}" + f" and {path.with_suffix('.gif')}" * gif)
 
 
-def input_pictures(model, args, count):
-    """The picture file and its camera, if it is given, or scenes that training never saw -> images
-    (B, 3, S, S), poses (B, 4, 4), the other cameras, and what they see if that is known."""
+def input_pictures(model, args, hide=lambda images: None):
+    """The picture file and its camera, given or found, or scenes that training never saw -> images
+    (B, 3, S, S), poses (B, 4, 4), the other cameras and what they see, and the masks hide(images)
+    if any."""
     config, device = model.config, model.background.device
+    camera = args.azimuth, args.elevation
     if args.image is None:
-        if args.azimuth is not None or args.elevation is not None:
+        if camera != (None, None):
             raise ValueError("--azimuth and --elevation are those of a picture: give --image, too")
-        views = load(config.data, count, 5, config.resolution, "test", args.seed, device)
+        views = load(config.data, args.count, 5, config.resolution, "test", args.seed, device)
         (images, *truths), (poses, *others) = views.images.unbind(1), views.poses.unbind(1)
-        return images, poses, others, truths
-    if (args.azimuth is None) != (args.elevation is None):
+        return images, poses, others, truths, hide(images)
+    if None in camera and camera != (None, None):
         raise ValueError("a camera needs both --azimuth and --elevation, or leave both away")
     images = read_image(args.image, config.resolution, config.background, args.fit)[None].to(device)
-    if args.azimuth is not None:
-        return images, orbit(args.azimuth, args.elevation, config.radius)[None].to(device), [], []
-    return images, None, [], []
-
-
-def found_poses(model, images, masks=None):
-    """`find_poses`, and says where the first one is."""
+    masks = hide(images)
+    if None not in camera:
+        return images, orbit(*camera, config.radius)[None].to(device), [], [], masks
     poses = find_poses(model, images, masks)
     x, y, z = poses[0, :3, 3].tolist()
     print(f"camera found at azimuth {math.degrees(math.atan2(y, x)):.0f}, elevation "
-          f"{math.degrees(math.asin(z / model.config.radius)):.0f} degrees")
-    return poses
+          f"{math.degrees(math.asin(z / config.radius)):.0f} degrees")
+    return images, poses, [], [], masks
 
 
 def run_generate(model, args, name="generate"):
     """New scenes, each seen from four more sides."""
-    if args.count * picture_side(model) > 65535:
-        raise ValueError(f"--count {args.count} makes a GIF wider than 65,535 pixels: lower it")
     poses = turn_poses(model, 0, args.count)
-    images, planes = generate(model, poses, args.steps, args.eta, args.seed)
-    shown = model.render(planes, poses, resolution=picture_side(model))[0]
-    finish({"generated": shown} | views_around(model, planes, poses), model, planes, args.out, name)
+    _, planes = generate(model, poses, args.steps, args.eta, args.seed)
+    finish({"generated": show(model, planes, poses)[0]} | views_around(model, planes, poses),
+           model, planes, args.out, name)
 
 
 def run_reconstruct(model, args, name="reconstruct", gif=True):
     """3D from one picture, seen from its own camera and from others, beside the truth if known."""
-    def decibels(a, b):
-        return f"{psnr(to_unit(a), to_unit(b)).mean():.2f} dB"
+    def mark(t_r):
+        return f", t_r = {t_r}" * (len(args.t_r) > 1)
 
-    images, poses, others, truths = input_pictures(model, args, args.count)
-    poses = found_poses(model, images) if poses is None else poses
-    rows, side = {"input": images}, picture_side(model)
-    rows |= {f"view {v}, truth": truth for v, truth in enumerate(truths[:2], 1)}
-    for t_r in args.t_r:
-        planes = reconstruct(model, images, poses, t_r, args.steps, args.seed)
-        mark = f", t_r = {t_r}" if len(args.t_r) > 1 else ""
-        rows |= {f"input view{mark}": model.render(planes, poses, resolution=side)[0]}
-        rows |= {f"view {v}{mark}": model.render(planes, other, resolution=side)[0]
-                 for v, other in enumerate(others[:2], 1)}
-        if truths:      # a photograph's PSNR has nothing to be compared with
-            shown = torch.cat([model.render(planes, other)[0] for other in others])
-            print(f"t_r = {t_r}: {decibels(model.render(planes, poses)[0], images)} input view, "
-                  f"{decibels(shown, torch.cat(truths))} novel views")
-    finish(rows | views_around(model, planes, poses, () if truths else (40, 80, 160, 240)),
-           model, planes, args.out, name, gif)
+    images, poses, others, truths, _ = input_pictures(model, args)
+    found = {t_r: reconstruct(model, images, poses, t_r, args.steps, args.seed)
+             for t_r in args.t_r}
+    rows = {"input": images} | {f"reconstructed{mark(t_r)}": show(model, planes, poses)[0]
+                                for t_r, planes in found.items()}
+    for v, (other, truth) in enumerate(zip(others[:2], truths), 1):
+        rows |= {f"side {v}, truth": truth} | {
+            f"side {v}{mark(t_r)}": show(model, planes, other)[0] for t_r, planes in found.items()}
+    for t_r, planes in found.items() if args.image is None else ():     # of a photograph PSNR has
+        dB = [psnr(to_unit(model.render(planes, pose)[0]), to_unit(truth)).mean()   # no scale
+              for pose, truth in zip([poses, *others], [images, *truths])]
+        novel = f", {sum(dB[1:]) / len(others):.2f} dB novel views" if others else ""
+        print(f"t_r = {t_r}: PSNR {dB[0]:.2f} dB input view{novel}")
+    planes = found[args.t_r[-1]]
+    around = views_around(model, planes, poses, () if truths else (40, 80, 160, 240))
+    finish(rows | around, model, planes, args.out, name, gif)
 
 
 def run_inpaint(model, args, name="inpaint", gif=True):
     """Fill the masked part of a picture, and look at the result from other sides."""
-    images, poses, _, _ = input_pictures(model, args, args.count)
-    masks, S = torch.ones_like(images[:, :1]), images.shape[-1]
-    if args.mask is None:
-        masks[..., S // 2:] = 0                 # the right half
-    else:
-        masks[:] = read_mask(args.mask, S, args.image and open_picture(args.image).size, args.fit)
-    poses = found_poses(model, images, masks) if poses is None else poses
-    rows, side = {"input": images, "masked": images * masks + 1 - masks}, picture_side(model)
+    def hide(images):
+        masks, S = torch.ones_like(images[:, :1]), images.shape[-1]
+        if args.mask is None:
+            masks[..., :S * 9 // 16, :] = 0     # the upper half, of most objects too
+        else:
+            size = args.image and open_picture(args.image).size
+            masks[:] = read_mask(args.mask, S, size, args.fit)
+        return masks
+
+    images, poses, _, _, masks = input_pictures(model, args, hide)
+    rows = {"input": images, "hidden in part": images * masks - 0.5 * (1 - masks)}
     for k in range(args.fillings):
         filled, planes = inpaint(model, images, masks, poses, args.steps, seed=args.seed + k)
         mark = f"filling {k + 1}" if args.fillings > 1 else "filled"
-        rows |= {mark: filled}
-        rows |= {f"{mark}, turned by {angle}°": model.render(
-            planes, turned(poses, angle), resolution=side)[0] for angle in (0, 40, 160)}
+        rows |= {mark: filled} | {f"{mark}, turned by {a}°": show(model, planes, poses, a)[0]
+                                  for a in (40, 160)}
     finish(rows, model, planes, args.out, name, gif)
 
 
 def run_demo(model, args):
     """All from the shipped weights: generation, reconstruction, one hole filled in two ways."""
-    common = dict(out=args.out, seed=args.seed, image=None, azimuth=None, elevation=None, count=4,
-                  steps=20)
-    run_generate(model, argparse.Namespace(**common, eta=0.0), "demo_generate")
-    run_reconstruct(model, argparse.Namespace(**common, t_r=[0]), "demo_reconstruct", gif=False)
-    run_inpaint(model, argparse.Namespace(**common, mask=None, fillings=2), "demo_inpaint",
-                gif=False)
+    args = argparse.Namespace(**vars(args), image=None, azimuth=None, elevation=None, mask=None,
+                              count=4, steps=20, eta=0.0, t_r=[0], fillings=2)
+    run_generate(model, args, "demo_generate")
+    run_reconstruct(model, args, "demo_reconstruct", gif=False)
+    run_inpaint(model, args, "demo_inpaint", gif=False)
 
 
 def run_export(model, args):
     """Scenes, generated or from a picture, as coloured point clouds for Blender or MeshLab."""
+    config = model.config
     if args.image is None:
         _, planes = generate(model, turn_poses(model, 0, args.count), seed=args.seed)
     else:
-        planes = reconstruct(model, input_pictures(model, args, 1)[0])
+        image = read_image(args.image, config.resolution, config.background, args.fit)
+        planes = reconstruct(model, image[None].to(model.background.device))
     azimuths = torch.arange(0, 360, 30.0, device=model.background.device)
-    poses = torch.cat([orbit(azimuths, e, model.config.radius) for e in (-20.0, 20.0, 60.0)])
+    poses = torch.cat([orbit(azimuths, e, config.radius) for e in (-20.0, 20.0, 60.0)])
     for i in range(len(planes)):
         path = Path(args.out) / f"export_{i + 1}.ply"
         save_ply(path, *surface_points(model, planes[i:i + 1], poses))
@@ -1393,10 +1341,11 @@ def run_evaluate(model, args):
     """PSNR and SSIM of reconstructions of held-out scenes, beside what needs no 3D."""
     views = load(args.data or model.config.data, args.scenes, args.views, model.config.resolution,
                  "test", args.seed, model.background.device)
-    scores = evaluate(model, views, args.t_r)
-    print(json.dumps(scores) if args.json else "\n".join(
-        f"{key:22s} {score['psnr']:6.2f} dB PSNR  {score['ssim']:.3f} SSIM"
-        for key, score in scores.items()))
+    for t_r in args.t_r:
+        scores = evaluate(model, views, t_r)
+        print(json.dumps(scores) if args.json else f"t_r = {t_r}\n" + "\n".join(
+            f"{key:22s} {score['psnr']:6.2f} dB PSNR  {score['ssim']:.3f} SSIM"
+            for key, score in scores.items()))
 
 
 def run_train(args):
@@ -1407,11 +1356,12 @@ def run_train(args):
         if typed.get("resume"):
             raise ValueError("--init begins a training and --resume goes on with one: give one")
         weights = dataclasses.asdict(load_checkpoint(typed["init"]).config)
-        taken = {"data", *fields[fields.index("resolution"):fields.index("batch")]}
+        taken = ["data", *fields[fields.index("resolution"):fields.index("batch")]]
         start = {name: weights[name] for name in taken}
     elif typed.get("resume"):           # or the checkpoint's, but for where it is
         start = dataclasses.asdict(load_checkpoint(training_path(Config(**typed))).config)
         start |= dict(out=Config.out, device=Config.device)
+        start |= dict(minutes=0.0) if "steps" in typed else {}
     train(Config(**start | typed))
 
 
@@ -1426,66 +1376,56 @@ def number(kind, least, most=1e6):
     return parse_number
 
 
+OPTIONS = {     # of the commands but `train`, whose options are the fields of `Config`
+    "checkpoint": dict(default="cars", help="a file, or a name in checkpoints/"),
+    "out": dict(default="out", help="folder for what is written"),
+    "seed": dict(type=number(int, 0, 1e9), default=0, help="of noise and scenes"),
+    "device": dict(default="auto", help="cuda, mps or cpu; auto: the first that works"),
+    "count": dict(type=number(int, 1), default=4, help="how many scenes (without --image)"),
+    "steps": dict(type=number(int, 1), default=20, help="noise levels on the way down"),
+    "eta": dict(type=number(float, 0, 1), default=0.0, help="1: fresh noise at each step; 0: none"),
+    "image": dict(help="picture file; else scenes that training never saw"),
+    "fit": dict(choices=("crop", "pad"), default="crop", help="how the picture is made square"),
+    "azimuth": dict(type=number(float, -360, 360), help="of its camera in degrees; else found"),
+    "elevation": dict(type=number(float, -90, 90), help="of its camera in degrees; else found"),
+    "t-r": dict(type=int, nargs="+", default=[0], help="noise levels to reconstruct from, 0 to T"),
+    "mask": dict(help="mask file, white = keep; else the upper half is filled"),
+    "fillings": dict(type=number(int, 1, 100), default=1, help="in how many ways"),
+    "data": dict(help="a built-in set, a name in subsets/ or a path; else the model's own"),
+    "scenes": dict(type=number(int, 1), default=64, help="held-out scenes"),
+    "views": dict(type=number(int, 2), default=5, help="of a scene: the input and novel ones"),
+    "json": dict(action="store_true", help="print one JSON object")}
+COMMANDS = {run_demo: "", run_train: "", run_generate: "count steps eta",
+            run_reconstruct: "count steps image fit azimuth elevation t-r",
+            run_inpaint: "count steps image fit azimuth elevation mask fillings",
+            run_evaluate: "data scenes views t-r json",
+            run_export: "count image fit"}
+GROUPS = {"data": "data", "plane_size": "model", "timesteps": "diffusion", "batch": "training"}
+
+
 def parse(argv):
     """The command line as a namespace with `run`, its function; exits with 2, saying why."""
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--checkpoint", default="cars", help="a file, or a name in checkpoints/")
-    common.add_argument("--out", default="out", help="folder for what is written")
-    common.add_argument("--seed", type=number(int, 0, 1e9), default=0, help="of noise and scenes")
-    common.add_argument("--device", default="auto", help="cuda, mps, cpu; auto: the first that works")
-    picture = argparse.ArgumentParser(add_help=False)
-    picture.add_argument("--image", help="picture file; else scenes that training never saw")
-    picture.add_argument("--fit", choices=("crop", "pad"), default="crop",
-                         help="how the picture is made square")
-    picture.add_argument("--azimuth", type=number(float, -360, 360),
-                         help="of its camera in degrees; else it is found")
-    picture.add_argument("--elevation", type=number(float, -90, 90),
-                         help="of its camera in degrees; else it is found")
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(run, *parents):
-        sub = commands.add_parser(run.__name__.removeprefix("run_"), parents=parents,
-                                  help=run.__doc__, description=run.__doc__,
+    for run, names in COMMANDS.items():
+        sub = commands.add_parser(run.__name__.removeprefix("run_"), help=run.__doc__,
+                                  description=run.__doc__,
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.set_defaults(run=run, parser=sub)
-        return sub
-
-    command(run_demo, common)
-    sub = command(run_train)
-    groups = {"data": "data", "plane_size": "model", "timesteps": "diffusion", "batch": "training"}
-    for field in dataclasses.fields(Config):
-        if field.name in groups:
-            group = sub.add_argument_group(groups[field.name])
-        if field.metadata:
-            how = dict(action="store_true") if field.type is bool else dict(type=field.type)
-            group.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **how,
-                               help=f"{field.metadata['text']} (default: {field.default})".replace(
-                                   "%", "%%"))
-    sub = command(run_generate, common)
-    sub.add_argument("--count", type=number(int, 1), default=8, help="how many scenes")
-    sub.add_argument("--steps", type=int, default=20, help="network calls")
-    sub.add_argument("--eta", type=number(float, 0, 1), default=0.0,
-                     help="1: fresh noise at each step (ancestral); 0: none")
-    sub = command(run_reconstruct, common, picture)
-    sub.add_argument("--count", type=number(int, 1, 500), default=8, help="scenes, without --image")
-    sub.add_argument("--t-r", type=int, nargs="+", default=[0],
-                     help="noise levels to reconstruct from, 0 to T")
-    sub.add_argument("--steps", type=int, help="network calls; else 50 for all of T")
-    sub = command(run_inpaint, common, picture)
-    sub.add_argument("--mask", help="mask file, white = keep; else the right half is filled")
-    sub.add_argument("--count", type=number(int, 1, 500), default=4, help="scenes, without --image")
-    sub.add_argument("--steps", type=int, default=20, help="noise levels on the way down")
-    sub.add_argument("--fillings", type=number(int, 1, 100), default=1, help="in how many ways")
-    sub = command(run_evaluate, common)
-    sub.add_argument("--data", help="a set or path; else the model's own")
-    sub.add_argument("--scenes", type=number(int, 1), default=64, help="held-out scenes")
-    sub.add_argument("--views", type=number(int, 2), default=5, help="the input and novel ones")
-    sub.add_argument("--t-r", type=int, default=0, help="noise level to reconstruct from, 0 to T")
-    sub.add_argument("--json", action="store_true", help="print one JSON object")
-    sub = command(run_export, common, picture)
-    sub.add_argument("--count", type=number(int, 1), default=4, help="scenes, without --image")
+        for name in ("checkpoint out seed device " + names).split() if run != run_train else ():
+            sub.add_argument(f"--{name}", **OPTIONS[name])
+        if run == run_reconstruct:
+            sub.set_defaults(steps=None)            # by its t_r
+        for field in dataclasses.fields(Config) if run == run_train else ():
+            if field.name in GROUPS:
+                group = sub.add_argument_group(GROUPS[field.name])
+            if field.metadata:
+                how = (dict(action="store_true") if field.type is bool else
+                       dict(type=field.type, metavar=field.type.__name__.upper()))
+                text = f"{field.metadata['text']} (default: {field.default})".replace("%", "%%")
+                group.add_argument("--" + field.name.replace("_", "-"), help=text, **how,
+                                   default=argparse.SUPPRESS)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -1501,13 +1441,18 @@ def main(argv=None):
     try:
         if args.run is run_train:
             return run_train(args)
-        writable(args.out)
-        return args.run(load_checkpoint(args.checkpoint, pick_device(args.device)), args)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=args.out):           # says now, before the work, if it cannot
+            pass
+        model = load_checkpoint(args.checkpoint, pick_device(args.device))
+        if getattr(args, "count", 1) * max(128, 2 * model.config.resolution) > 65535:
+            raise ValueError(f"--count {args.count} makes a GIF wider than 65,535 pixels: lower it")
+        return args.run(model, args)
     except (ValueError, OSError, FloatingPointError) as error:
         said = first_line(error)
     except KeyboardInterrupt:
         said = "stopped; a training goes on from its last save by --resume"
-    except RuntimeError as error:                   # also torch's own for a GPU
+    except RuntimeError as error:                   # of the CPU, and torch's own of a GPU
         if "memory" not in str(error):
             raise
         said = f"out of memory: lower --batch, --rays or --count ({first_line(error)})"

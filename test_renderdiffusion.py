@@ -1,18 +1,16 @@
-"""Tests, in the order of what they test: data.py, then renderdiffusion.py from top to bottom.
+"""Tests, in the order of the story: what a reader learns from comes first.
 
-    pytest              # under three minutes on two cores; needs no GPU and no network
-    SLOW=1 pytest       # and the slow ones: two processes, README.md, more of the shipped weights
+    pytest              # all of them, with those of results/ and subsets/; no GPU, no network
+    SLOW=1 pytest       # and the slow ones: two processes, README.md, the notebook, all weights
 
 Everything is compared with something known: a closed form, a plain loop, a direct computation.
 """
 import copy
-import importlib
 import itertools
 import json
 import math
 import os
 import pickle
-import random
 import re
 import resource
 import shlex
@@ -20,15 +18,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-import traceback
-import zipfile
-import zlib
-from collections import Counter
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from zipfile import ZipFile
@@ -36,1025 +29,30 @@ from zipfile import ZipFile
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import data
 import renderdiffusion as rd
-from data import (BOX, CLEVR_COLORS, CLEVR_NAMES, CLEVR_SCALE, CYLINDER, EMPTY, SETS, SPHERE, Draw,
-                  Scenes, camera_rays, load, load_clevr, load_clevr567, load_folder, load_srn,
-                  orbit, random_poses, random_scenes, read_image, read_mask, solve_clevr_camera,
-                  synthetic, trace)
+from data import camera_rays, load, orbit, synthetic, turn_poses
 from renderdiffusion import (Config, NoiseSchedule, RadianceMLP, RenderDiffusion, composite,
-                             evaluate, generate, inpaint, load_checkpoint, noise_levels, psnr,
-                             reconstruct, repaint_schedule, sample_triplanes, save_checkpoint, ssim,
-                             train)
+                             evaluate, find_poses, generate, inpaint, load_checkpoint,
+                             noise_levels, psnr, reconstruct, repaint_schedule, sample_triplanes,
+                             save_checkpoint, ssim, train)
 
 HERE = Path(__file__).resolve().parent
-README = HERE / "README.md"
-BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", README.read_text(), re.M | re.S)
 slow = pytest.mark.skipif(os.environ.get("SLOW") != "1", reason="slow: set SLOW=1")
 
 
-# data.py: scenes by hand ------------------------------------------------------------------------
-
-def make_scene(*primitives, ground=-0.5, light=(-1.0, -1.0, 2.8284)):
-    """One scene of (kind, 3x3 axes in columns, center, color, shine)."""
-    kind = torch.tensor([[p[0] for p in primitives]])
-    to_world = torch.tensor(np.array([[np.c_[p[1], p[2]] for p in primitives]])).float()
-    color = torch.tensor([[p[3] for p in primitives]]).float()
-    shine = torch.tensor([[float(p[4]) for p in primitives]])
-    return Scenes(kind, to_world, color, shine, ground, (0.75, 0.75, 0.75), light)
-
-
-def rotation_z(angle):
-    c, s = math.cos(angle), math.sin(angle)
-    return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
-
-
-def ground_depth(poses, focal, side, ground):
-    """Depth of an empty scene."""
-    origin, direction = camera_rays(poses, focal, side)
-    depth = (ground - origin[..., 2]) / direction[..., 2]
-    return torch.where(direction[..., 2] < 0, depth, math.inf).view(-1, side, side)
-
-
-# Cameras ----------------------------------------------------------------------------------------
-
-def test_orbit_looks_at_its_target():
-    target = torch.tensor([0.1, -0.2, 0.3])
-    azimuth = torch.tensor([0.0, 90.0, 200.0, 311.0])
-    elevation = torch.tensor([0.0, 30.0, 60.0, 90.0])
-    poses = orbit(azimuth, elevation, 2.5, target)
-    right, down, into, center = poses[:, :3].unbind(-1)
-    assert torch.allclose(center + 2.5 * into, target.expand(4, 3), atol=1e-6)
-    assert torch.allclose(torch.linalg.cross(right, down), into, atol=1e-6)         # right-handed
-    assert torch.allclose(right[:, 2], torch.zeros(4)) and (down[:3, 2] < 0).all()   # level, z up
-    assert torch.equal(poses[:, 3], torch.tensor([0.0, 0.0, 0.0, 1.0]).expand(4, 4))
-    assert torch.allclose(center[0] - target, torch.tensor([2.5, 0.0, 0.0]), atol=1e-6)
-    toward_y = torch.tensor([0.0, 2.5 * math.cos(math.pi / 6), 1.25])       # azimuth 90 is +y
-    assert torch.allclose(center[1] - target, toward_y, atol=1e-6)
-    assert orbit(10, 20, 2).shape == (4, 4)
-    assert orbit(torch.zeros(3, 1), azimuth, 2).shape == (3, 4, 4, 4)
-
-
-def test_rays_agree_with_a_pinhole_projection():
-    pose, focal, side = orbit(35.0, 25.0, 2.7, (0.1, 0.2, -0.1)), 1.3, 10
-    origin, direction = camera_rays(pose[None], focal, side)
-    assert torch.allclose(direction.norm(dim=-1), torch.ones(1, side ** 2), atol=1e-6)
-    points = (origin + 1.7 * direction)[0].double().numpy()
-    intrinsics = np.array([[focal * side, 0, side / 2], [0, focal * side, side / 2], [0, 0, 1]])
-    world_to_camera = np.linalg.inv(pose.double().numpy())
-    pixels = intrinsics @ (world_to_camera[:3, :3] @ points.T + world_to_camera[:3, 3:])
-    rows, columns = np.divmod(np.arange(side ** 2), side)
-    assert (pixels[2] > 0).all()
-    np.testing.assert_allclose(pixels[0] / pixels[2], columns + 0.5, atol=1e-4)
-    np.testing.assert_allclose(pixels[1] / pixels[2], rows + 0.5, atol=1e-4)
-
-
-# The ray tracer ---------------------------------------------------------------------------------
-
-def test_sphere_agrees_with_the_closed_form():
-    center, r, side, focal, ground = torch.tensor([0.2, -0.1, 0.05]), 0.4, 48, 1.6, -0.5
-    scene = make_scene((SPHERE, r * np.eye(3), center, (1, 0, 0), 0), ground=ground)
-    poses = orbit(torch.tensor([20.0, 140.0]), torch.tensor([25.0, 5.0]), 2.7)
-    images, depth = trace(scene, poses[None], focal, side, samples=1)
-    origin, direction = camera_rays(poses, focal, side)
-    along = ((center - origin) * direction).sum(-1)
-    miss = ((center - origin) ** 2).sum(-1) - along ** 2            # squared distance of the ray
-    expected = torch.where(miss < r ** 2, along - (r ** 2 - miss).clamp(min=0).sqrt(), math.inf)
-    expected = torch.minimum(expected.view(2, side, side), ground_depth(poses, focal, side, ground))
-    sure = ((miss - r ** 2).abs() > 1e-4).view(2, side, side)       # not a graze
-    assert depth.isinf().any() and torch.equal(depth[0].isinf() & sure, expected.isinf() & sure)
-    assert torch.allclose(depth[0][sure], expected[sure], rtol=1e-4, atol=1e-4)
-    red = images[0, :, 0] > images[0, :, 1] + 0.1
-    assert torch.equal(red & sure, (miss < r ** 2).view(2, side, side) & sure)
-
-
-def test_sphere_triangulates_to_its_center():
-    center, side, focal = np.array([0.25, -0.3, 0.1]), 64, 1.6
-    scene = make_scene((SPHERE, 0.25 * np.eye(3), center, (1, 0, 0), 0))
-    poses = orbit(torch.tensor([10.0, 130.0, 250.0]), torch.tensor([20.0, 35.0, 50.0]), 2.7)
-    _, depth = trace(scene, poses[None], focal, side)
-    silhouette = depth[0] < ground_depth(poses, focal, side, -0.5) - 1e-3
-    normal_matrix, right_side, middles = np.zeros((3, 3)), np.zeros(3), []
-    for pose, mask in zip(poses.double().numpy(), silhouette.numpy()):
-        row, column = np.argwhere(mask).mean(0) + 0.5
-        ray = pose[:3, :3] @ [(column / side - 0.5) / focal, (row / side - 0.5) / focal, 1]
-        across = np.eye(3) - np.outer(ray, ray) / (ray @ ray)   # takes out what is along it
-        normal_matrix, right_side = normal_matrix + across, right_side + across @ pose[:3, 3]
-        middles.append((column, row))
-    found = np.linalg.solve(normal_matrix, right_side)
-    assert np.abs(found - center).max() < 0.5 * 2.7 / (focal * side)        # half a pixel's width
-    for pose, (column, row) in zip(poses.double().numpy(), middles):
-        x, y, z = pose[:3, :3].T @ (center - pose[:3, 3])
-        assert abs((x / z * focal + 0.5) * side - column) < 0.5
-        assert abs((y / z * focal + 0.5) * side - row) < 0.5
-
-
-def reference_depth(kind, matrix, center, origin, direction):
-    """The first of the roots that lie on the surface, for one ray, in double precision."""
-    back = np.linalg.inv(matrix)
-    o, d = back @ (origin - center), back @ direction
-    roots = []
-    for axis in ((0, 1, 2) if kind == BOX else (2,)):
-        for face in (-1, 1):
-            t = (face - o[axis]) / d[axis]
-            p = np.delete(o + t * d, axis)
-            if (np.abs(p).max() if kind == BOX else np.hypot(*p)) < 1:
-                roots.append(t)
-    if kind == CYLINDER:
-        for t in np.roots([d[:2] @ d[:2], 2 * o[:2] @ d[:2], o[:2] @ o[:2] - 1]):
-            if np.isreal(t) and abs(o[2] + t.real * d[2]) < 1:
-                roots.append(t.real)
-    return min(roots, default=math.inf)
-
-
-@pytest.mark.parametrize("kind", [BOX, CYLINDER])
-def test_box_and_cylinder_agree_with_a_loop(kind):
-    slanted = np.array([[0.5, 0.1, 0.2], [0.0, 0.3, -0.1], [-0.1, 0.05, 0.4]])
-    center, side, focal = np.array([0.1, 0.05, 0.0]), 17, 1.6
-    poses = orbit(torch.tensor([33.0, 251.0]), torch.tensor([28.0, -10.0]), 2.7)
-    _, depth = trace(make_scene((kind, slanted, center, (1, 1, 1), 0), ground=-9.0), poses[None],
-                     focal, side)
-    origin, direction = (x.double().numpy() for x in camera_rays(poses, focal, side))
-    expected = np.array([[reference_depth(kind, slanted, center, o, d) for o, d in zip(*rays)]
-                         for rays in zip(origin, direction)])
-    expected = np.minimum(expected, ground_depth(poses, focal, side, -9.0).view(2, -1).numpy())
-    assert (expected < 3.5).sum() > 50
-    np.testing.assert_allclose(depth[0].view(2, -1).numpy(), expected, rtol=2e-4)
-
-
-def test_nearest_of_overlapping_primitives_is_seen():
-    near = (BOX, np.diag([0.1, 0.6, 0.6]), (0.5, 0, 0), (1, 0, 0), 0)
-    far = (SPHERE, 0.4 * np.eye(3), (-0.3, 0, 0), (0, 1, 0), 0)
-    for order in ((near, far), (far, near)):
-        images, depth = trace(make_scene(*order), orbit(0, 0, 2.7)[None, None], 1.6, 17)
-        middle = images[0, 0, :, 8, 8]
-        assert middle[0] > -0.5 and middle[1] == -1 and abs(depth[0, 0, 8, 8] - 2.1) < 1e-5
-
-
-def test_scene_camera_and_light_turned_together_give_the_same_picture():
-    parts = [(BOX, 0.3 * rotation_z(0.3), (0.3, 0.2, -0.2), (0.9, 0.4, 0.1), 0.3),
-             (SPHERE, 0.25 * np.eye(3), (-0.3, -0.2, -0.25), (0.2, 0.5, 0.9), 0.3),
-             (CYLINDER, 0.2 * np.eye(3), (-0.2, 0.4, -0.3), (0.3, 0.8, 0.2), 0.0)]
-    turn, light = rotation_z(math.radians(77)), np.array([-1.0, -0.4, 2.0])
-    turned = [(kind, turn @ axes, turn @ center, *look) for kind, axes, center, *look in parts]
-    before = trace(make_scene(*parts, light=tuple(light)), orbit(30, 30, 2.7)[None, None], 1.6, 32)
-    after = trace(make_scene(*turned, light=tuple(turn @ light)), orbit(107, 30, 2.7)[None, None],
-                  1.6, 32)
-    for a, b in zip(before, after):
-        assert ((a - b).abs() > 1e-3).float().mean() < 0.002        # a sample on an edge may flip
-        assert (a - b).abs().median() < 1e-5
-
-
-def test_brightness_follows_lamberts_law_and_highlights_follow_phong():
-    light = np.array([0.6, 0.0, 0.8])
-    for shine in (0.0, 0.35):
-        scene = make_scene((SPHERE, np.eye(3) * 0.5, (0, 0, 0), (0.4, 0.4, 0.4), shine),
-                           ground=-9.0, light=tuple(light))
-        poses, side = orbit(0, 0, 2.7)[None, None], 65
-        images, depth = trace(scene, poses, 1.6, side, samples=1)
-        origin, direction = camera_rays(poses[0], 1.6, side)
-        normal = (origin + direction * depth.view(1, -1, 1)) / 0.5
-        on = depth.view(-1) < 2.6
-        facing = normal[0, on].double().numpy() @ light
-        mirrored = 2 * facing[:, None] * normal[0, on].double().numpy() - light
-        glint = np.maximum(-(mirrored * direction[0, on].numpy()).sum(1), 0) ** data.EXPONENT
-        ambient = data.AMBIENT + data.FILL * 0.6 * normal[0, on, 1].numpy()
-        expected = 0.4 * (ambient + data.DIFFUSE * np.maximum(facing, 0))
-        expected += shine * glint * (facing > 0)
-        got = (images[0, 0, 0].view(-1)[on] + 1) / 2
-        np.testing.assert_allclose(got, expected, atol=2e-4)
-
-
-@pytest.mark.parametrize("kind", [SPHERE, BOX, CYLINDER])
-def test_brightness_agrees_with_the_slope_of_the_depth(kind):
-    slanted = np.array([[0.5, 0.1, 0.2], [0.0, 0.3, -0.1], [-0.1, 0.05, 0.4]])
-    scene = make_scene((kind, slanted, (0, 0, 0), (0.8, 0.8, 0.8), 0), ground=-9.0)
-    side = 96
-    poses = orbit(torch.tensor([20.0, 115.0, 230.0]), torch.tensor([35.0, 10.0, 60.0]), 2.7)
-    images, depth = trace(scene, poses[None], 1.6, side, samples=1)
-    origin, direction = camera_rays(poses, 1.6, side)
-    points = (origin + direction * depth.view(3, -1, 1)).view(3, side, side, 3).double()
-    right = points[:, 1:-1, 2:] - points[:, 1:-1, :-2]
-    down = points[:, 2:, 1:-1] - points[:, :-2, 1:-1]
-    normal = torch.nn.functional.normalize(torch.linalg.cross(down, right), dim=-1)
-    light = np.array(scene.light) / np.linalg.norm(scene.light)
-    facing = (normal @ torch.tensor(light)).clamp(min=0)
-    ambient = data.AMBIENT + data.FILL * (light[0] * normal[..., 1] - light[1] * normal[..., 0])
-    error = ((images[0, :, 0, 1:-1, 1:-1] + 1) / 2 - 0.8 * (ambient + data.DIFFUSE * facing)).abs()
-    on = depth[0, :, 1:-1, 1:-1] < 4
-    assert on.sum() > 2000 and (error[on] < 0.01).float().mean() > 0.85      # edges have no slope
-    assert (error[on] < 0.05).float().mean() > 0.93
-
-
-def test_shadow_falls_away_from_the_light_and_lit_ground_is_the_background():
-    light = np.array([0.3, -0.8, 1.5])
-    center = np.array([0.1, 0.2, 0.0])
-    scene = make_scene((SPHERE, 0.2 * np.eye(3), center, (1, 0, 0), 0), light=tuple(light))
-    poses = orbit(0, 50, 3)[None, None]
-    images, depth = trace(scene, poses, 1.2, 64, samples=1)
-    origin, direction = camera_rays(poses[0], 1.2, 64)
-    ground = (depth.view(-1) - ground_depth(poses[0], 1.2, 64, -0.5).view(-1)).abs() < 1e-4
-    points = (origin + direction * depth.view(1, -1, 1))[0].double().numpy()
-    to_center = center - points                         # the shadow's closed form, point by point
-    unit = light / np.linalg.norm(light)
-    aside = np.linalg.norm(to_center - np.outer(to_center @ unit, unit), axis=1)
-    brightness = images[0, 0].view(3, -1)
-    background = torch.full((3,), 0.75) * 2 - 1
-    lit, dark = ground.numpy() & (aside > 0.203), ground.numpy() & (aside < 0.197)
-    assert torch.equal(brightness[:, lit], background[:, None].expand(3, int(lit.sum())))
-    expected = torch.tensor(0.75 * data.SHADOW * 2 - 1)
-    assert dark.sum() > 30 and torch.allclose(brightness[:, dark], expected)
-    assert points[dark].mean(0)[1] > center[1] + 0.1    # the light is on the side of -y
-
-
-def test_objects_shade_each_other():
-    floor = (BOX, np.diag([0.6, 0.6, 0.1]), (0, 0, -0.3), (0.5, 0.5, 0.5), 0)
-    ball = (SPHERE, 0.2 * np.eye(3), (0, 0, 0.4), (1, 0, 0), 0)
-    light, pose = (0.0, 1.0, 1.0), orbit(0, 40, 2.7)[None, None]
-    with_ball, _ = trace(make_scene(floor, ball, light=light), pose, 1.6, 64, samples=1)
-    without, _ = trace(make_scene(floor, light=light), pose, 1.6, 64, samples=1)
-    x, y, z = pose[0, 0, :3, :3].T @ (torch.tensor([0, -0.6 + 0.05, -0.2]) - pose[0, 0, :3, 3])
-    column, row = (int((v / z * 1.6 + 0.5) * 64) for v in (x, y))   # behind the ball
-    assert with_ball[0, 0, 0, row, column] < without[0, 0, 0, row, column] - 0.2
-
-
-def test_anti_aliasing_is_the_mean_of_a_finer_picture():
-    scenes, poses = random_scenes("cars", 3), random_poses("cars", 3)
-    coarse, _ = trace(scenes, poses, 1.6, 16, samples=3, depth=False)
-    fine, _ = trace(scenes, poses, 1.6, 48, samples=1, depth=False)
-    assert torch.allclose(coarse, fine.view(3, 1, 3, 16, 3, 16, 3).mean((4, 6)), atol=1e-5)
-
-
-# The built-in sets ------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("name", list(SETS))
-def test_a_batch_equals_one_by_one(name):
-    batch = synthetic(name, 6, views=2, resolution=32, seed=3)
-    again = synthetic(name, 6, views=2, resolution=32, seed=3)
-    assert torch.equal(batch.images, again.images) and torch.equal(batch.depth, again.depth)
-    assert len(batch) == 6 and batch.images.shape == (6, 2, 3, 32, 32)
-    assert batch.images.min() >= -1 and batch.images.max() <= 1 and batch.images.isfinite().all()
-    for i in (0, 4):
-        single = synthetic(name, 1, views=1, resolution=32, seed=3, start=i)
-        assert torch.allclose(single.images, batch.images[i:i + 1, :1], atol=1e-6)
-        assert torch.allclose(single.depth, batch.depth[i:i + 1, :1], atol=1e-5)
-        assert torch.allclose(single.poses, batch[i:i + 1].poses[:, :1], atol=1e-6)
-    other = synthetic(name, 6, views=2, resolution=32, seed=4, depth=False)
-    assert other.depth is None and not torch.allclose(other.images, batch.images)
-    assert not torch.allclose(batch.images[0], batch.images[1])
-
-
-def test_hashed_numbers_are_uniform_and_unrelated():
-    scene = torch.arange(20000)
-    columns = []
-    for seed in (0, 1):
-        for stream in (0, 1, 2):
-            draw = Draw(seed, scene, stream)
-            columns += [draw() for _ in range(4)]
-    u = torch.stack(columns)
-    assert u.min() >= 0 and u.max() < 1 and (u.mean(1) - 0.5).abs().max() < 0.01
-    histogram = torch.stack([torch.histc(c, 10, 0, 1) for c in columns])
-    assert (histogram / 2000 - 1).abs().max() < 0.1
-    assert (torch.corrcoef(u) - torch.eye(len(u))).abs().max() < 0.04       # streams, seeds, order
-    assert abs(torch.corrcoef(torch.stack([u[0, 1:], u[0, :-1]]))[0, 1]) < 0.04
-
-
-def test_clevr1_fills_the_picture_but_not_the_mean():
-    views = synthetic("clevr1", 600, resolution=32)
-    ground = ground_depth(views.poses[:, 0], views.focal, 32, SETS["clevr1"].ground)
-    cover = (views.depth[:, 0] < ground - 1e-4).float().mean((1, 2))
-    assert 0.10 <= cover.min() and cover.max() <= 0.40
-    images = (views.images[:, 0] + 1) / 2
-    error = ((images - images.mean(0)) ** 2).mean((1, 2, 3))
-    assert (-10 * error.log10()).mean() <= 20
-
-
-def test_clevr_objects_stand_apart():
-    scenes = random_scenes("clevr", 2000)
-    there, center = scenes.kind != EMPTY, scenes.to_world[..., 3]
-    radius = scenes.to_world[..., :3].norm(dim=2)[..., 0]
-    radius = radius * torch.where(scenes.kind == BOX, 2 ** 0.5, 1)
-    gap = (center[:, :, None, :2] - center[:, None, :, :2]).norm(dim=-1)
-    gap = gap - radius[:, :, None] - radius[:, None]
-    pairs = there[:, :, None] & there[:, None] & ~torch.eye(4, dtype=torch.bool)
-    assert gap[pairs].min() > 0.03
-    assert (torch.bincount(there.sum(1), minlength=5)[1:] > 300).all() and there.any(1).all()
-    assert (torch.bincount(scenes.kind[there]) > 1000).all()
-
-
-@pytest.mark.parametrize("name", list(SETS))
-def test_objects_and_shadows_are_inside_the_cube(name):
-    scenes = random_scenes(name, 2000)
-    turn = torch.arange(24) * (2 * math.pi / 24)
-    rim = torch.stack([turn.cos(), turn.sin()], -1)
-    lines = torch.linspace(-1, 1, 9)
-    ball = torch.cat([torch.cat([rim * (1 - z * z).sqrt(), z.expand(24, 1)], 1) for z in lines])
-    tube = torch.cat([torch.cat([rim, torch.full((24, 1), z)], 1) for z in (-1.0, 1.0)])
-    box = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
-    light = torch.tensor(scenes.light)
-    for kind, surface in ((SPHERE, ball), (BOX, box), (CYLINDER, tube)):
-        matrix = scenes.to_world[scenes.kind == kind]
-        points = torch.einsum("mij,pj->mpi", matrix[:, :, :3], surface) + matrix[:, None, :, 3]
-        shadows = points - (points[..., 2:] - scenes.ground) / light[2] * light
-        assert len(points) == 0 or max(points.abs().max(), shadows.abs().max()) < 1
-        assert len(points) == 0 or points[..., 2].min() > scenes.ground - 0.02
-
-
-def test_cubes_are_the_cubes_of_clevr1():
-    """The same scenes, but for their shape: colours, places and turns are drawn alike."""
-    cubes, any_shape = (random_scenes(name, 500) for name in ("cubes", "clevr1"))
-    assert (cubes.kind == BOX).all()
-    same = any_shape.kind[:, 0] == BOX
-    assert 100 < same.sum() < 250 and torch.equal(cubes.color, any_shape.color)
-    assert torch.equal(cubes.to_world[same], any_shape.to_world[same])
-
-
-@pytest.mark.parametrize("spread", [35, 65])
-def test_the_steps_to_clevr_have_its_scenes_nearer_to_the_middle(spread):
-    """First objects are the same but for their place; fewer others find room."""
-    near, clevr = (random_scenes(name, 500) for name in (f"clevr_{spread}", "clevr"))
-    place, scaled = near.to_world[:, 0, :2, 3], clevr.to_world[:, 0, :2, 3] * spread / 100
-    assert torch.allclose(place, scaled, atol=1e-6)
-    assert torch.equal(near.to_world[:, 0, :, :3], clevr.to_world[:, 0, :, :3])
-    assert 500 < (near.kind != EMPTY).sum() < (clevr.kind != EMPTY).sum()
-
-
-@pytest.mark.parametrize("name", list(SETS))
-def test_cameras_are_where_the_set_says(name):
-    about, center = SETS[name], random_poses(name, 2000)[:, 0, :3, 3]
-    elevation = torch.rad2deg(torch.asin(center[:, 2] / about.radius))
-    azimuth = torch.rad2deg(torch.atan2(center[:, 1], center[:, 0]))
-    assert torch.allclose(center.norm(dim=1), torch.tensor(about.radius), atol=1e-5)
-    assert about.elevation[0] <= elevation.min() + 1e-3
-    assert about.elevation[1] >= elevation.max() - 1e-3
-    assert (torch.histc(azimuth, 8, -180, 180) > 180).all()
-
-
-def test_wrong_arguments_are_answered_with_what_to_do():
-    for wrong, says in ((dict(name="boats"), "one of clevr1"), (dict(scenes=0), "at least 1"),
-                        (dict(views=0), "at least 1"), (dict(resolution=0), "at least 1"),
-                        (dict(samples=-1), "at least 1"), (dict(scenes=2.5), "whole number"),
-                        (dict(views=math.nan), "whole number")):
-        with pytest.raises(ValueError, match=says):
-            synthetic(**{**dict(name="clevr1", scenes=1), **wrong})
-    with pytest.raises((ValueError, FileNotFoundError), match="clevr1"):
-        load("no such thing")
-    views = load("clevr1", scenes=2, views=3, resolution=8)
-    assert views.images.shape == (2, 3, 3, 8, 8) and views.scale == 1
-
-
-# data.py: real datasets, in files that the tests write as the originals are -----------------------
-
-POINT = (0.25, -0.1, 0.15)              # the centre of a small red sphere, in cube units
-WHITE = (1.0, 1.0, 1.0)
-FLIP = np.diag([1.0, -1, -1, 1])        # OpenCV's axes to OpenGL's
-
-
-def red_sphere(scenes=1):
-    """A red sphere at POINT and a blue box on white ground."""
-    to_world = torch.zeros(2, 3, 4)
-    to_world[0, :, :3] = 0.1 * torch.eye(3)
-    to_world[1, :, :3] = torch.diag(torch.tensor([0.2, 0.1, 0.15]))
-    to_world[:, :, 3] = torch.tensor([POINT, (-0.3, 0.2, -0.15)])
-    color = torch.tensor([[1.0, 0, 0], [0, 0, 1.0]])
-    fields = torch.tensor([SPHERE, BOX]), to_world, color, torch.zeros(2)
-    return Scenes(*(f.expand(scenes, *f.shape) for f in fields), -0.3, WHITE)
-
-
-def cameras(views, scenes=1, radius=2.6):
-    """Poses (N, V, 4, 4) from all sides."""
-    i = torch.arange(scenes * views).view(scenes, views)
-    return orbit(20 + 80.0 * i, 25 + 7.0 * (i % 4), radius + 0.05 * i)
-
-
-def pictures(poses, focal, side):
-    """8-bit pictures (N, V, side, side, 3) of `red_sphere`."""
-    images = trace(red_sphere(len(poses)), poses, focal, side, depth=False)[0]
-    return ((images + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2).numpy()
-
-
-def save(path, array):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)
-
-
-def opaque(image):
-    """With an alpha of 255, as both ShapeNet-SRN and CLEVR have it."""
-    return np.dstack([image, np.full(image.shape[:2], 255, np.uint8)])
-
-
-def write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
-
-def project(point, pose, focal, side):
-    """The pixel (column, row) that shows a point: where its ray among `camera_rays` would be."""
-    origin, direction = (x[0].double() for x in camera_rays(pose[None], focal, side))
-    along = torch.as_tensor(point) - origin
-    angle = torch.linalg.cross(along, direction).norm(dim=-1) / along.norm(dim=-1)
-    near = angle.argsort()[:9]                  # sub-pixel: a plane through the nearest directions
-    pixels = torch.stack([near % side + 0.5, near // side + 0.5, torch.ones(9)], 1).double()
-    into = pose[:3, 2].double()
-    ray = direction[near] / (direction[near] @ into)[:, None]
-    slope = torch.linalg.lstsq(torch.cat([ray @ pose[:3, :2].double(), torch.ones(9, 1)], 1),
-                               pixels[:, :2]).solution
-    target = along[0] / (along[0] @ into)
-    return torch.cat([target @ pose[:3, :2].double(), torch.ones(1)]) @ slope
-
-
-def red_pixels(image):
-    """The centroid (column, row) of what is red in an image (3, S, S)."""
-    r, g, b = (image.double() + 1) / 2
-    red = ((g + b < r) & (r > 0.2)).double()            # by hue: one side of the sphere is darker
-    at = torch.arange(image.shape[-1]) + 0.5
-    return torch.stack([(red.sum(0) * at).sum(), (red.sum(1) * at).sum()]) / red.sum()
-
-
-def check(views, poses, tolerance=0.35):
-    """The loaded cameras are these, show POINT where it is, and give the pictures back."""
-    side = views.images.shape[-1]
-    assert torch.allclose(views.poses, poses, atol=2e-5)
-    again = trace(red_sphere(len(views)), views.poses, views.focal, side, 3, depth=False)[0]
-    assert (again - views.images).abs().mean() < 0.02
-    for image, pose in zip(views.images.flatten(0, 1), views.poses.flatten(0, 1)):
-        expected = project(POINT, pose, views.focal, side)
-        assert (red_pixels(image) - expected).norm() < tolerance        # in pixels
-
-
-# ---- ShapeNet-SRN ------------------------------------------------------------------------------
-
-def write_srn(folder, scenes, views, start=0, head="131.25 64.0 64.0 0.\n0. 0. 0.\n1.\n128 128\n"):
-    poses = cameras(views, start + scenes)[start:]
-    for i, (some, images) in enumerate(zip(poses, pictures(poses, 131.25 / 128, 128))):
-        scene = folder / f"{start + i:032x}"
-        write(scene / "intrinsics.txt", head)
-        for v, (pose, image) in enumerate(zip(some.double().numpy(), images)):
-            pose = pose.copy()
-            pose[:3, 3] *= 0.5                                  # objects are within 0.5 there
-            save(scene / "rgb" / f"{v:06d}.png", opaque(image))
-            write(scene / "pose" / f"{v:06d}.txt", " ".join(f"{x:.9f}" for x in pose.ravel()))
-    return poses
-
-
-@pytest.fixture(scope="module")
-def srn(tmp_path_factory):
-    root = tmp_path_factory.mktemp("srn")
-    poses = write_srn(root / "cars_train", 3, 4)
-    held_out = write_srn(root / "cars_test", 2, 4, start=3)
-    return root, poses, held_out
-
-
-def test_srn(srn):
-    root, poses, held_out = srn
-    views = load(str(root), resolution=128)
-    assert views.images.shape == (3, 4, 3, 128, 128) and views.name == "cars_train"
-    assert views.focal == 131.25 / 128 and views.scale == 0.5
-    assert torch.equal(views.background, torch.ones(3))
-    check(views, poses)
-    check(load_srn(root, resolution=64), poses)                     # resized: the same cameras
-    check(load_srn(root, seed=-1, resolution=128), held_out)        # held out: the test split
-    check(load_srn(root / "cars_test", resolution=128), held_out)   # a single split is that split
-    check(load(root / "cars_test" / f"{3:032x}", resolution=128), held_out[:1])
-
-
-@pytest.mark.parametrize("head", ["525.0 256.0 256.0 0.\n0. 0. 0.\n1.\n512 512\n",
-                                  "525.0 256.0 256.0 0.\n0. 0. 0.\n1.\n128 128\n",
-                                  "131.25 64.0 64.0 0.\n0. 0. 0.\n1.\n128 128\n0\n"])
-def test_srn_archives_differ(tmp_path, head):
-    poses = write_srn(tmp_path / "chairs_train" / "chairs_2.0_train", 1, 2, head=head)
-    views = load(tmp_path, resolution=128)
-    assert views.focal == 131.25 / 128
-    check(views, poses)
-
-
-def test_subsets(srn, monkeypatch):
-    """Some scenes and views are read without the rest; a start differs from scene to scene."""
-    root, poses, _ = srn
-    opened, text = [], data.Path.read_text
-    monkeypatch.setattr(data, "open_picture", lambda path, open=data.open_picture:
-                        opened.append(path) or open(path))
-    monkeypatch.setattr(data.Path, "read_text", lambda path: opened.append(path) or text(path))
-    views = load_srn(root, scenes=2, views=3, resolution=16)
-    assert views.images.shape == (2, 3, 3, 16, 16)
-    pngs = [f for f in opened if f.suffix == ".png"]
-    assert len(pngs) == len(set(pngs)) == 6
-    assert len([f for f in opened if f.parent.name == "pose"]) == 6
-    assert len({f.parent.parent for f in opened} - {f.parent for f in pngs}) <= 4
-    assert {f.parent.parent.name for f in pngs} == {f"{i:032x}" for i in range(2)}
-    for some, every in zip(views.poses, poses):             # distinct views of the right scene
-        match = (some[:, None] - every[None]).abs().amax((-1, -2)) < 1e-4
-        assert (match.sum(1) == 1).all() and match.sum(0).max() == 1
-    one = [load_srn(root, views=1, resolution=8, seed=seed).poses for seed in range(8)]
-    assert len({tuple(p[:, 0, 0, 3].tolist()) for p in one}) > 3
-    again = load_srn(root, scenes=1, views=3, resolution=16)
-    assert torch.equal(again.images[0], views.images[0])    # whatever the count of scenes
-
-
-def test_more_than_there_is(srn, capsys):
-    views = load_srn(srn[0], scenes=9, views=9, resolution=8)
-    assert views.images.shape[:2] == (3, 4)
-    assert "3 scenes of 4 views are all there are" in capsys.readouterr().err
-
-
-# ---- NMR ---------------------------------------------------------------------------------------
-
-def write_nmr(root, ids, views=4, inverse=True, masks=True):
-    poses, focal = cameras(views, len(ids)), 1.866
-    z_to_y_up = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]])
-    for i, images in zip(ids, pictures(poses, focal, 64)):
-        arrays = {}
-        for v, image in enumerate(images):
-            pose = poses[ids.index(i), v].double().numpy().copy()
-            pose[:3, 3] *= 0.5
-            pose = z_to_y_up @ pose
-            arrays[f"world_mat_{v}"] = np.linalg.inv(pose)[:4 if inverse else 3]
-            if inverse:
-                arrays[f"world_mat_inv_{v}"] = pose
-            arrays[f"camera_mat_{v}"] = np.diag([2 * focal, 2 * focal, 1, 1])
-            mask = (image.min(-1) < 250).astype(np.uint8) * 255
-            if masks:
-                image = image * (mask[..., None] > 0)       # black outside: the mask makes it white
-                save(root / i / "mask" / f"{v:04d}.png", mask)
-            save(root / i / "image" / f"{v:04d}.png", image)
-        np.savez(root / i / "cameras.npz", **arrays)
-    return poses
-
-
-@pytest.mark.parametrize("inverse, masks", [(True, True), (False, False)])
-def test_nmr(tmp_path, inverse, masks):
-    root, ids = tmp_path / "02958343", ["aa", "bb", "cc"]
-    poses = write_nmr(root, ids, inverse=inverse, masks=masks)
-    write(root / "softras_train.lst", "cc\nnot_downloaded\nbb\n")
-    write(root / "softras_test.lst", "aa\n")
-    for path in (root, tmp_path):
-        views = load(path, resolution=64)
-        assert views.focal == pytest.approx(1.866) and views.scale == 0.5
-        check(views, poses[[2, 1]])
-        check(load(path, seed=-1), poses[:1])
-
-
-# ---- CLEVR-567 ---------------------------------------------------------------------------------
-
-def test_clevr567(tmp_path):
-    poses = cameras(4, 2)
-    for i, images in enumerate(pictures(poses, 350 / 320, 320)):
-        for v, image in enumerate(images):
-            pose = poses[i, v].double().numpy().copy()
-            pose[:3, 3] *= CLEVR_SCALE
-            name = f"{4 * i + v:05d}_sc{i:04d}_az{v:02d}"
-            squeezed = Image.fromarray(image[40:280]).resize((128, 128), Image.Resampling.BOX)
-            save(tmp_path / f"{name}.png", np.array(squeezed))
-            save(tmp_path / f"{name}_mask.png", np.array(squeezed))
-            np.savetxt(tmp_path / f"{name}_RT.txt", pose)
-            np.savetxt(tmp_path / f"{name}_azi_rot.txt", np.eye(3))
-    views = load(tmp_path, resolution=96)
-    assert views.focal == pytest.approx(350 / 240)
-    check(views, poses)
-    assert load_clevr567(tmp_path, scenes=1, views=2, resolution=8).images.shape[:2] == (1, 2)
-
-
-# ---- Your own pictures -------------------------------------------------------------------------
-
-def frames(poses, scale, name="./pictures/r_{}"):
-    """Frames of a transforms.json, in OpenGL's axes."""
-    made = []
-    for v, pose in enumerate(poses.double().numpy().copy()):
-        pose[:3, 3] *= scale
-        made.append({"file_path": name.format(v), "transform_matrix": (pose @ FLIP).tolist()})
-    return made
-
-
-def test_folder_as_blender_writes_it(tmp_path):
-    """Names without .png, the angle alone, pictures wider than high, alpha."""
-    poses, focal, side = cameras(5), 1.1, 120
-    for v, image in enumerate(pictures(poses, focal, side)[0]):
-        sky = image.min(-1) > 250
-        image[sky] = 0                                          # seen where alpha is forgotten
-        rgba = np.dstack([image, np.where(sky, 0, 255).astype(np.uint8)])
-        save(tmp_path / "pictures" / f"r_{v}.png", rgba[10:-10])
-    about = {"camera_angle_x": 2 * math.atan(0.5 / focal), "frames": frames(poses[0], 3.0)}
-    write(tmp_path / "transforms_train.json", json.dumps({**about, "frames": about["frames"][:3]}))
-    write(tmp_path / "transforms_test.json", json.dumps({**about, "frames": about["frames"][3:]}))
-    views = load_folder(tmp_path, resolution=96, scale=3.0)
-    assert views.focal == pytest.approx(focal * 120 / 100)
-    check(views, poses[:, :3])
-    check(load_folder(tmp_path, seed=-1, resolution=96, scale=3.0), poses[:, 3:])
-    views = load(tmp_path, resolution=96)
-    assert views.scale == pytest.approx(3 * 2.65 * 0.5 / views.focal, rel=0.01)
-    assert load(tmp_path, seed=-1, resolution=96).scale == views.scale
-    assert torch.allclose(views.poses[..., :3, 3] * views.scale, poses[:, :3, :3, 3] * 3, atol=1e-4)
-    assert load(tmp_path / "transforms_test.json", resolution=8).images.shape[:2] == (1, 2)
-
-
-def test_folder_with_a_principal_point_off_the_middle(tmp_path):
-    """Several scenes, frames with their own intrinsics, JPEG, pictures smaller than stated."""
-    poses, focal, side = cameras(3, 2), 1.2, 160
-    for i, images in enumerate(pictures(poses, focal, side)):
-        scene = tmp_path / "train" / f"scene_{i}"
-        made = frames(poses[i], 2.0, "images/{}.jpg")
-        for v, image in enumerate(images):
-            left, top = 4 * v, 10 + 6 * v                       # what the picture lacks
-            picture = Image.fromarray(image[top:-4, left:-8])
-            made[v] |= {"w": 4 * picture.width, "h": 4 * picture.height, "fl_x": 4 * focal * side,
-                        "cx": 4 * (side / 2 - left), "cy": 4 * (side / 2 - top)}
-            (scene / "images").mkdir(parents=True, exist_ok=True)
-            picture.save(scene / "images" / f"{v}.jpg", quality=98)
-        write(scene / "transforms.json", json.dumps({"frames": made}))
-    views = load_folder(tmp_path, resolution=116, scale=2.0)
-    assert views.focal == pytest.approx(focal * side / (side - 2 * 22))     # top = 22 is the worst
-    check(views, poses)
-    made[1]["cx"] = -3
-    write(scene / "transforms.json", json.dumps({"frames": made}))
-    with pytest.raises(ValueError, match="1.jpg: no crop has the principal point in the middle"):
-        load(tmp_path)
-
-
-# ---- CLEVR -------------------------------------------------------------------------------------
-
-def simulated_scene(rng, count, split="val", index=0):
-    """A scene of CLEVR's generator as its json has it, and the camera's centre."""
-    center = np.array([7.48113, -6.50764, 5.34367]) + rng.uniform(-0.5, 0.5, 3)
-    into = -center / np.linalg.norm(center)
-    right = np.cross(into, [0, 0, 1]) / np.linalg.norm(np.cross(into, [0, 0, 1]))
-    down, objects = np.cross(into, right), []
-    while len(objects) < count:
-        size = rng.choice([0.35, 0.7])
-        shape, name = rng.choice(["cube", "sphere", "cylinder"]), CLEVR_NAMES[len(objects) % 8]
-        half = size / math.sqrt(2) if shape == "cube" else size
-        at = np.float32([*rng.uniform(-3, 3, 2), half])
-        if any(np.hypot(*(at[:2] - o["3d_coords"][:2])) < half + o["3d_coords"][2] + 0.25
-               for o in objects):
-            continue
-        x, y, z = np.stack([right, down, into]) @ (at.astype(float) - center)
-        pixel = [round(240 + 525 * x / z), round(160 + 525 * y / z), float(np.float32(z))]
-        objects.append({"shape": str(shape), "size": "large" if size == 0.7 else "small",
-                        "color": name, "material": str(rng.choice(["rubber", "metal"])),
-                        "3d_coords": at.tolist(), "pixel_coords": pixel,
-                        "rotation": rng.uniform(0, 360)})
-    return {"image_index": index, "image_filename": f"CLEVR_{split}_{index:06d}.png",
-            "split": split, "objects": objects, "directions": {"right": [0.65, 0.75, -0.0]},
-            "relationships": {"left": [[] for _ in objects]}}, center
-
-
-def write_clevr(root, scenes, split="val"):
-    info = {"split": split, "license": "CC BY 4.0", "version": "1.0", "date": "2/14/2017"}
-    write(root / "scenes" / f"CLEVR_{split}_scenes.json",
-          json.dumps({"info": info, "scenes": scenes}))
-
-
-@pytest.mark.parametrize("count", [3, 4, 6, 10])
-def test_clevr_camera(count):
-    rng, errors = np.random.default_rng(count), []
-    for _ in range(40):
-        scene, center = simulated_scene(rng, count)
-        pose, error = solve_clevr_camera(scene["objects"])
-        errors.append(np.linalg.norm(pose[:3, 3] - center))
-        assert error < 0.5 and np.allclose(pose[:3, :3].T @ pose[:3, :3], np.eye(3))
-    assert np.median(errors) < 5e-4
-
-
-@pytest.mark.parametrize("corrupt", [
-    lambda o, rng: o["pixel_coords"].__setitem__(0, o["pixel_coords"][0] + 30),
-    lambda o, rng: o["pixel_coords"].__setitem__(2, o["pixel_coords"][2] + 0.5),
-    lambda o, rng: o["3d_coords"].__setitem__(slice(0, 2), rng.uniform(-3, 3, 2))])
-def test_clevr_camera_despite_a_bad_object(corrupt):
-    rng, errors = np.random.default_rng(0), []
-    for i in range(30):
-        scene, center = simulated_scene(rng, 4 + i % 7)
-        corrupt(scene["objects"][i % 4], rng)
-        pose, _ = solve_clevr_camera(scene["objects"])
-        errors.append(np.linalg.norm(pose[:3, 3] - center))
-    assert np.median(errors) < 5e-4 and max(errors) < 0.05
-
-
-def test_clevr(tmp_path, capsys):
-    """Pictures of the red sphere from where the generator's camera was; one scene does not fit."""
-    rng = np.random.default_rng(1)
-    scenes, centers = zip(*(simulated_scene(rng, 5, index=i) for i in range(5)))
-    for o in scenes[1]["objects"][:3]:
-        o["pixel_coords"][0] += int(rng.integers(20, 60))
-    poses = torch.stack([torch.from_numpy(data.looking_at_origin(c)) for c in centers]).float()
-    poses[:, :3, 3] /= CLEVR_SCALE
-    for scene, picture in zip(scenes[:4], pictures(poses[:4, None], 525 / 480, 480)[:, 0]):
-        save(tmp_path / "images" / "val" / scene["image_filename"], opaque(picture[80:400]))
-    write_clevr(tmp_path, scenes)                               # the last has no picture
-    views = load(tmp_path, resolution=128)
-    assert "skipped 1 scenes" in capsys.readouterr().err
-    assert views.focal == pytest.approx(525 / 320) and views.scale == CLEVR_SCALE
-    assert (views.background > 0.98).all()                      # the ground, here white
-    assert torch.allclose(views.poses[:, 0], poses[[0, 2, 3]], atol=2e-3)
-    check(views, views.poses)
-    assert len(load_clevr(tmp_path, scenes=2, resolution=8)) == 2
-
-
-def test_clevr_layouts(tmp_path):
-    """A scene's file alone is enough for pictures: each object is where, and what, it should be."""
-    rng = np.random.default_rng(2)
-    scenes = [simulated_scene(rng, n, index=n)[0] for n in (3, 9, 5)]
-    write_clevr(tmp_path, scenes)
-    file = tmp_path / "scenes" / "CLEVR_val_scenes.json"
-    views = load(str(file), scenes=2, views=2, resolution=64)
-    assert views.images.shape == (2, 2, 3, 64, 64) and views.depth.shape == (2, 2, 64, 64)
-    assert torch.equal(load(tmp_path, 2, 2).images, views.images)           # without images/
-    assert not torch.equal(load(file, 2, 2, seed=3).poses, views.poses)
-    (tmp_path / "my_scenes.json").write_text(file.read_text())
-    assert torch.equal(load(tmp_path / "my_scenes.json", 2, 2).images, views.images)
-    for n, scene in enumerate(scenes[:2]):
-        kind, to_world, color, shine = data.clevr_primitives(scene["objects"])
-        for k, o in enumerate(scene["objects"]):
-            assert to_world[k, 2, 3] * CLEVR_SCALE == pytest.approx(o["3d_coords"][2])
-            assert shine[k].item() == pytest.approx(0.35 * (o["material"] == "metal"))
-            assert color[k].tolist() == pytest.approx(CLEVR_COLORS[CLEVR_NAMES.index(o["color"])])
-            x_axis = to_world[k, :2, 0] / to_world[k, :2, 0].norm()
-            turn = [math.cos(o["rotation"]), math.sin(o["rotation"])]
-            assert x_axis.tolist() == pytest.approx(turn, abs=1e-4)
-        origin, direction = camera_rays(views.poses[n], views.focal, 64)
-        hit = origin + direction * views.depth[n].view(2, -1, 1)
-        hit = hit[(hit[..., 2] > 0.01) & hit.isfinite().all(-1)] * CLEVR_SCALE  # not the ground
-        centers = torch.tensor([o["3d_coords"] for o in scene["objects"]])
-        reach = centers[:, 2] * torch.tensor([{"cube": 3, "cylinder": 2, "sphere": 1}[o["shape"]]
-                                              for o in scene["objects"]]).sqrt()
-        assert ((hit[:, None] - centers).norm(dim=-1) < reach + 0.01).any(-1).all()
-        assert len(hit) > 50
-
-
-def test_clevr_files_are_read_in_part(tmp_path):
-    scenes = [simulated_scene(np.random.default_rng(i), 8, index=i)[0] for i in range(40)]
-    write_clevr(tmp_path, scenes)
-    file = tmp_path / "scenes" / "CLEVR_val_scenes.json"
-    assert list(data.json_items(file, "scenes")) == scenes
-    file.write_text(file.read_text()[:-300] + "damaged")
-    assert len(load(file, scenes=4, resolution=8)) == 4         # the end is not looked at
-    with pytest.raises(ValueError, match="CLEVR_val_scenes.json has no list 'scenes', or is cut"):
-        load(file, resolution=8)
-
-
-# ---- Bad input: one sentence that names the file -----------------------------------------------
-
-def damage(kind, scene):
-    """Damages an SRN scene; what the message says of it."""
-    picture, pose = scene / "rgb" / "000001.png", scene / "pose" / "000001.txt"
-    if kind == "no intrinsics":
-        (scene / "intrinsics.txt").unlink()
-        return FileNotFoundError, "intrinsics.txt"
-    if kind == "short intrinsics":
-        (scene / "intrinsics.txt").write_text("131 64 64 0\n0 0 0\n")
-        return ValueError, "intrinsics.txt should hold 10 numbers"
-    if kind == "no rotation":
-        pose.write_text(pose.read_text().replace("0.000000000", "0.5", 1))
-        return ValueError, "pose of .*000001.png is not a rotation and a position"
-    if kind == "mirror":
-        rows = pose.read_text().split()
-        pose.write_text(" ".join(str(-float(x)) if i % 4 == 0 else x for i, x in enumerate(rows)))
-        return ValueError, "pose of .*000001.png is not a rotation and a position"
-    if kind == "not finite":
-        pose.write_text(" ".join(["nan"] * 16))
-        return ValueError, "pose of .*000001.png is not a rotation"
-    if kind == "words":
-        pose.write_text("a pose")
-        return ValueError, "000001.txt should hold 16 numbers"
-    if kind == "a pose less":
-        pose.unlink()
-        return ValueError, f"{scene.name} .*2 pictures and 1 poses do not match"
-    if kind == "truncated":
-        picture.write_bytes(picture.read_bytes()[:900])
-        return ValueError, "000001.png is no picture, or is damaged"
-    if kind == "mixed sizes":
-        Image.open(picture).resize((100, 60)).save(picture)
-        return ValueError, "000001.png is 100 x 60 pixels, which does not fit"
-    for f in (*scene.glob("rgb/*"), *scene.glob("pose/*")):
-        f.unlink()
-    return FileNotFoundError, f"no pictures in .*{scene.name}"
-
-
-@pytest.mark.parametrize("kind", ["no intrinsics", "short intrinsics", "no rotation", "mirror",
-                                  "not finite", "words", "a pose less", "truncated",
-                                  "mixed sizes", "empty"])
-def test_damaged_scene(tmp_path, kind):
-    write_srn(tmp_path, 1, 2)
-    error, message = damage(kind, tmp_path / f"{0:032x}")
-    with pytest.raises(error, match=message) as caught:
-        load(tmp_path, resolution=16)
-    assert "\n" not in str(caught.value)
-
-
-def test_scenes_with_fewer_views(tmp_path):
-    write_srn(tmp_path, 1, 3)
-    write_srn(tmp_path, 1, 2, start=1)
-    with pytest.raises(ValueError, match=f"{1:032x} has 2 views, and other scenes 3"):
-        load(tmp_path, resolution=16)
-    assert load(tmp_path, views=2, resolution=16).images.shape[:2] == (2, 2)
-
-
-def test_sizes_and_depths_of_pictures(tmp_path):
-    """Larger pictures of the same shape, 16 bits and grey are no error."""
-    write_srn(tmp_path, 1, 3)
-    before = load(tmp_path, resolution=32).images
-    rgb = tmp_path / f"{0:032x}" / "rgb"
-    large = Image.open(rgb / "000000.png").resize((256, 256), Image.Resampling.BICUBIC)
-    large.save(rgb / "000000.png")
-    grey = Image.open(rgb / "000001.png").convert("L")
-    grey.save(rgb / "000001.png")
-    Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(rgb / "000002.png")
-    views = load(tmp_path, resolution=32)
-    assert (views.images[0, 0] - before[0, 0]).abs().mean() < 0.02
-    assert torch.equal(views.images[0, 1], views.images[0, 2])
-    assert torch.equal(views.images[0, 1, 0], views.images[0, 1, 1])
-
-
-def test_a_picture_of_any_size_is_cropped_or_padded_with_its_mask(tmp_path):
-    """A white disc in the middle third of a wide picture, transparent beside it."""
-    y, x = np.mgrid[:60, :180] + 0.5
-    disc = np.hypot(x - 90, y - 30) < 20
-    rgba = np.dstack([disc, disc, disc, abs(x - 90) < 60])
-    save(tmp_path / "wide.png", np.uint8(255 * rgba))
-    save(tmp_path / "mask.png", np.uint8(255 * ~disc))
-    for fit, radius in ("crop", 20 * 32 / 60), ("pad", 20 * 32 / 180):
-        image = read_image(tmp_path / "wide.png", 32, (0.5, 0.5, 0.5), fit)
-        known = read_mask(tmp_path / "mask.png", 32, (180, 60), fit)
-        area = math.pi * radius ** 2
-        assert image[0][known[0] == 0].mean() > 0.7
-        assert (known == 0).sum() == pytest.approx(area, rel=0.1)
-        assert image[:, 16, 16].min() > 0.9 and known[0, 16, 16] == 0 and known[0, 0, 0] == 1
-        assert image[0, 16, 0].item() == pytest.approx(-1 if fit == "crop" else 0.5, abs=0.01)
-
-
-def test_nmr_without_a_camera(tmp_path):
-    write_nmr(tmp_path, ["aa"], views=2)
-    np.savez(tmp_path / "aa" / "cameras.npz", world_mat_0=np.eye(4), camera_mat_0=np.eye(4))
-    with pytest.raises(ValueError, match="aa .*world_mat_1"):
-        load(tmp_path)
-    (tmp_path / "aa" / "cameras.npz").write_text("no archive")
-    with pytest.raises(ValueError, match="aa "):
-        load(tmp_path)
-
-
-@pytest.mark.parametrize("text, message", [
-    ("{", "transforms.json is not as expected"),
-    ('{"camera_angle_x": 1}', "transforms.json .*frames"),
-    ('{"frames": [{"file_path": "a.png", "transform_matrix": []}], "w": 4, "h": 4}',
-     "transforms.json .*camera_angle_x"),
-    ('{"frames": []}', "no pictures in .*transforms.json"),
-    ('{"frames": [{"file_path": "a"}], "camera_angle_x": 1}', "there is no picture .*a")])
-def test_bad_transforms(tmp_path, text, message):
-    write(tmp_path / "transforms.json", text)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        load(tmp_path)
-
-
-def test_bad_clevr(tmp_path):
-    scene, _ = simulated_scene(np.random.default_rng(0), 3)
-    file = tmp_path / "scenes" / "CLEVR_val_scenes.json"
-    for key, value in (("color", "pink"), ("shape", "cone"), ("3d_coords", [0, 0, -1])):
-        write_clevr(tmp_path, [{**scene, "objects": [{**scene["objects"][0], key: value}]}])
-        with pytest.raises(ValueError, match="CLEVR_val_scenes.json is not as expected"):
-            load(file)
-    del scene["objects"][1]["rotation"]
-    write_clevr(tmp_path, [scene])
-    with pytest.raises(ValueError, match="CLEVR_val_scenes.json is not as expected.*rotation"):
-        load(file)
-    write_clevr(tmp_path, [])
-    with pytest.raises(ValueError, match="no scenes in .*CLEVR_val_scenes.json"):
-        load(file)
-
-
-def test_unknown_paths(tmp_path):
-    with pytest.raises(ValueError, match="neither a built-in set .*clevr1.* nor a path"):
-        load("clevr2")
-    with pytest.raises(ValueError, match="no known format; looked for .*rgb .ShapeNet-SRN"):
-        load(tmp_path)
-    (tmp_path / "cars_train").mkdir()
-    (tmp_path / "chairs_train").mkdir()
-    with pytest.raises(ValueError, match="has cars_train and chairs_train: name one"):
-        load_srn(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no scenes in"):
-        load_srn(tmp_path / "cars_train")
-    with pytest.raises(FileNotFoundError, match="CLEVR_train_scenes.json"):
-        load_clevr(tmp_path)
-    assert len(load("clevr1", 2, resolution=8)) == 2
-
-
-@pytest.mark.parametrize("position", [0, 1e300, 10 ** 400, math.nan, "far"])
-def test_cameras_that_are_nowhere(tmp_path, position):
-    """At the origin, too far for float32 or for any float: never a pose that is not finite."""
-    shots = frames(cameras(2)[0], 0.0 if position == 0 else 2.0)
-    for v, image in enumerate(pictures(cameras(2), 1.0, 16)[0]):
-        save(tmp_path / "pictures" / f"r_{v}.png", image)
-    shots[1]["transform_matrix"][0][3] = position
-    write(tmp_path / "transforms.json", json.dumps({"camera_angle_x": 1.0, "frames": shots}))
-    with pytest.raises(ValueError, match=tmp_path.name):
-        load(tmp_path, resolution=8)
-
-
-@pytest.mark.parametrize("change", [
-    {"objects": []}, {"3d_coords": [math.nan, 0, 1]}, {"3d_coords": [1e308, 0, 1]},
-    {"rotation": 1e999}, 3, "nested"])
-def test_clevr_layouts_that_are_none(tmp_path, change):
-    scene, _ = simulated_scene(np.random.default_rng(0), 2)
-    if isinstance(change, dict) and "objects" not in change:
-        scene["objects"][1] |= change
-    write_clevr(tmp_path, [{**scene, **change} if isinstance(change, dict) else change])
-    file = tmp_path / "scenes" / "CLEVR_val_scenes.json"
-    if change == "nested":
-        file.write_text('{"scenes": ' + "[" * 10 ** 5)
-    with pytest.raises(ValueError, match="CLEVR_val_scenes.json"):
-        load(file, resolution=8)
-    if change == 3:
-        save(tmp_path / "images" / "val" / "a.png", np.zeros((32, 48, 3), np.uint8))
-        with pytest.raises(ValueError, match="CLEVR_val_scenes.json"):
-            load(tmp_path, resolution=8)
-
-
-@pytest.mark.parametrize("exif", [b"junk and more junk", b"II*\0"])
-def test_pictures_with_spoilt_exif_and_pipes_are_refused(tmp_path, exif):
-    Image.new("RGB", (9, 9)).save(tmp_path / "a.png", exif=b"Exif\0\0" + exif)
-    with pytest.raises(ValueError, match="a.png is no picture"):
-        read_image(tmp_path / "a.png", 8)
-    os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(FileNotFoundError, match="pipe.png"):
-        read_image(tmp_path / "pipe.png", 8)
-
-
-# ---- README.md's recipes -----------------------------------------------------------------------
-
-def recipe(word):
-    """The one Python block of README.md that has this word."""
-    block, = (code for language, code in BLOCKS if language == "python" and word in code)
-    return block
-
-
-def test_colmap_recipe(tmp_path, monkeypatch):
-    """COLMAP's text files, in a world of their own, become cameras round the origin, z up."""
-    poses, focal, side = cameras(8, radius=2.6), 1.2, 100
-    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
-    turn *= np.linalg.det(turn)
-    lines = ["# Image list with two lines of data per image:"]
-    for v, pose in enumerate(poses[0].double().numpy()):
-        save(tmp_path / "images" / f"{v}.png", pictures(poses[:, v:v + 1], focal, side)[0, 0])
-        R = (turn @ pose[:3, :3]).T                             # world to camera
-        t = -R @ (turn @ pose[:3, 3] * 7 + [3, -2, 9])
-        a = math.sqrt(max(0, 1 + np.trace(R))) / 2
-        x, y, z = np.array([R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]]) / (4 * a)
-        numbers = " ".join(f"{n:.12f}" for n in (a, x, y, z, *t))
-        lines += [f"{v + 1} {numbers} 1 {v}.png", "1.0 2.0 -1 3.0 4.0 7" if v % 2 else ""]
-    write(tmp_path / "images.txt", "\n".join(lines) + "\n")
-    write(tmp_path / "cameras.txt", f"# Camera list\n1 PINHOLE {side} {side} {focal * side} "
-          f"{focal * side} {side / 2} {side / 2}\n")
-    monkeypatch.chdir(tmp_path)
-    exec(recipe("images.txt"), {})
-    views = load_folder(tmp_path, resolution=side, scale=7.0)
-    spin = views.poses[0, 0] @ poses[0, 0].inverse()            # about z, which no picture tells
-    assert torch.allclose(spin[2], torch.tensor([0, 0, 1.0, 0]), atol=1e-4)
-    assert torch.allclose(spin @ poses[0], views.poses[0], atol=1e-4)
-    assert torch.allclose(spin[:3, 3], torch.zeros(3), atol=1e-4)
-
-
-def test_blender_recipe(tmp_path, monkeypatch):
-    """In a stand-in for Blender, whose cameras have OpenGL's axes: x right, y up, z backwards."""
-    poses, focal = cameras(3), 1.2
-    camera = SimpleNamespace(data=SimpleNamespace(angle_x=2 * math.atan(0.5 / focal)))
-    scene = SimpleNamespace(frame_start=1, frame_end=3, render=SimpleNamespace(), camera=camera)
-
-    def frame_set(frame):
-        scene.frame, camera.matrix_world = frame - 1, poses[0, frame - 1].double().numpy() @ FLIP
-
-    def render(write_still):
-        some = poses[:, scene.frame:scene.frame + 1]
-        save(Path(scene.render.filepath), pictures(some, focal, 100)[0, 0])
-    scene.frame_set = frame_set
-    monkeypatch.setitem(sys.modules, "bpy", SimpleNamespace(
-        context=SimpleNamespace(scene=scene),
-        path=SimpleNamespace(abspath=lambda path: path.replace("/", str(tmp_path), 1)),
-        ops=SimpleNamespace(render=SimpleNamespace(render=render))))
-    exec(recipe("bpy"), {})
-    check(load_folder(tmp_path / "capture", resolution=100, scale=1.0), poses)
-
-
-@pytest.mark.parametrize("top", ["srn_cars/", ""])
-def test_subset_recipe(srn, tmp_path, monkeypatch, top):
-    """The first objects of an archive, whether or not it has a top folder, and nothing else."""
-    root, poses, held_out = srn
-    with ZipFile(tmp_path / "srn_cars.zip", "w") as archive:
-        for path in root.rglob("*"):                            # folders have entries of their own
-            archive.write(path, top + str(path.relative_to(root)))
-    monkeypatch.chdir(tmp_path)
-    exec(recipe("srn_cars.zip").replace("200", "2").replace("50", "1"), {})
-    check(load_srn(tmp_path / "data" / top, resolution=128), poses[:2])
-    check(load_srn(tmp_path / "data" / top, seed=-1, resolution=128), held_out[:1])
-
-
-# renderdiffusion.py: small models, and what stands in for their parts ---------------------------
+# Small models, and what stands in for their parts -----------------------------------------------
 
 TINY = dict(resolution=16, plane_size=16, plane_channels=4, unet_channels=16, mlp_hidden=16,
-            samples=8, batch=4, rays=64, steps=4, other_side=0.0, device="cpu")
+            samples=8, fine_samples=4, batch=4, rays=64, steps=4, device="cpu")
 PAIR = orbit(torch.tensor([10.0, 130.0]), torch.tensor([25.0, 45.0]), 2.7)         # two cameras
 
 
 def tiny(**changes):
-    return Config(**{**TINY, **changes})
+    return Config(**TINY | changes)
 
 
 def tiny_model(**changes):
@@ -1069,7 +67,7 @@ def tiny_model(**changes):
 def render_field(field, poses=PAIR, **changes):
     """What a function of points -> density, colour shows on a background of 0.25 -> rgb in [0, 1],
     depth, opacity; it stands in for planes and MLP."""
-    model = tiny_model(background=(-0.5, -0.5, -0.5), **changes)
+    model = tiny_model(background=(-0.5, -0.5, -0.5), **{"fine_samples": 0} | changes)
     model.mlp.forward = lambda points, features: field(points)
     rgb, depth, opacity = model.render(torch.zeros(len(poses), 3, 4, 16, 16), poses)
     return rgb / 2 + 0.5, depth, opacity
@@ -1103,12 +101,6 @@ class Greys:
         return levels
 
 
-def train_quietly(monkeypatch, config, **kwargs):
-    """`train`, without what it evaluates and draws at the end."""
-    monkeypatch.setattr(rd, "health", lambda *_: "")
-    return train(config, **kwargs)
-
-
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """The path of a checkpoint after four steps."""
@@ -1117,31 +109,40 @@ def trained(tmp_path_factory):
     return out / "clevr1.pt"
 
 
+def same(a, b):
+    """Whether two checkpoints' parts are equal, bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
 # Configuration ----------------------------------------------------------------------------------
 
 BAD_FIELDS = dict(
-    data=(3,), resolution=(8, 48, 512), focal=(0.0,), radius=(-2.7,), plane_size=(8, 40),
-    background=((0.0, 0.0), (0.0, 0.0, 2.0)), elevation=((0.0, math.nan),), unet_channels=(0, 24),
-    plane_channels=(0,), mlp_hidden=(0,), samples=(0,), fine_samples=(-1,), timesteps=(0,),
-    schedule=("cos",), loss=("huber",), clean=(1.0,), batch=(0, 2.5, "4"), rays=(-1,), seed=(-1,),
-    steps=(0, math.nan), minutes=(-1.0, math.inf), lr=(0.0, -1.0, math.nan), ema=(1.0,),
-    scenes=(-1,), views=(0,), resume=("yes",))
+    data=(3,), scenes=(-1,), views=(0,), resolution=(8, 48, 512), plane_size=(8, 40),
+    plane_channels=(0,), unet_channels=(0, 24), unet_blocks=(0,), mlp_hidden=(0,), fold=(-1,),
+    samples=(0,), fine_samples=(-1,), timesteps=(0,), schedule=("cos",), loss=("huber",),
+    clean_share=(-0.1, 1.1, math.nan), other_side=(2.0,), other_side_from=(math.nan,),
+    batch=(0, 2.5, "4"), rays=(0,), steps=(0, math.nan), minutes=(-1.0, math.inf),
+    lr=(0.0, -1.0, math.nan), seed=(-1,), resume=("yes",), focal=(math.nan, "wide"),
+    background=((0.0, 0.0), (0.0, 0.0, math.nan)), radius=(math.inf,), elevation=((0.0, math.nan),))
 
 
-def test_a_bad_field_is_named_in_one_line():
-    assert Config().validate() == Config()
-    for name, value in ((name, value) for name, bad in BAD_FIELDS.items() for value in bad):
+@pytest.mark.parametrize("name", BAD_FIELDS)
+def test_a_bad_field_is_named_in_one_line(name):
+    """Whatever a checkpoint or a command line says: never a model that cannot be."""
+    for value in BAD_FIELDS[name]:
         with pytest.raises(ValueError, match=rf"\A.*\b{name}\b.*\Z"):
-            Config(**{name: value}).validate()
+            Config(**{name: value})
 
 
 # Noise schedule ---------------------------------------------------------------------------------
 
-LEVELS = [(1, 0), (2, 1), (500, 499), (500, 20), (1000, 0), (1000, 999), (1000, 980), (1000, 1)]
-
-
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
 def test_alpha_bar_goes_from_one_to_nearly_zero_by_the_papers_values(kind):
+    """T + 1 values that fall; those of Nichol & Dhariwal and of Ho et al. at T = 1000."""
     for T in (1, 2, 10, 1000):
         kept = NoiseSchedule(T, kind).alpha_bar
         assert kept.shape == (T + 1,) and kept[0] == 1 and 0 < kept[T] < 0.01
@@ -1160,12 +161,13 @@ def coefficients(schedule, t, s, eta):
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
-def test_posterior_is_bayes_and_ddim(kind):
-    """N(x_s; sqrt(ab_s) x0, 1 - ab_s) N(x_t; sqrt(r) x_s, 1 - r), a product of Gaussians in x_s."""
+def test_posterior_is_bayes_and_ddim_and_two_steps_make_one(kind):
+    """N(x_s; sqrt(ab_s) x0, 1 - ab_s) N(x_t; sqrt(r) x_s, 1 - r), a product of Gaussians in x_s;
+    at s = 0 it is x0 itself: the last step adds no noise."""
     schedule = NoiseSchedule(1000, kind)
-    for t, s in LEVELS:
+    for t, s in ((1, 0), (2, 1), (500, 499), (500, 20), (1000, 0), (1000, 999), (1000, 1)):
         ab_t, ab_s = (float(schedule.alpha_bar[i]) for i in (t, s))
-        if s == 0:                                          # nothing is left to be drawn
+        if s == 0:
             assert all(coefficients(schedule, t, s, eta) == (1, 0, 0) for eta in (0.0, 1.0))
             continue
         r = ab_t / ab_s
@@ -1179,61 +181,129 @@ def test_posterior_is_bayes_and_ddim(kind):
         assert a + b * ab_t ** 0.5 == pytest.approx(ab_s ** 0.5, abs=1e-4)
         assert b * b * (1 - ab_t) + variance == pytest.approx(1 - ab_s, abs=1e-5, rel=1e-3)
         assert variance == pytest.approx(bayes[2] / 4, rel=2e-3)
-    for t, u, s in ((1000, 700, 300), (600, 599, 2), (40, 20, 0)):      # two steps make one
+    for t, u, s in ((1000, 700, 300), (600, 599, 2), (40, 20, 0)):
         (a1, b1, v1), (a2, b2, v2) = (coefficients(schedule, *i, 1.0) for i in ((t, u), (u, s)))
         both = a2 + b2 * a1, b2 * b1, v2 + b2 * b2 * v1
         assert both == pytest.approx(coefficients(schedule, t, s, 1.0), abs=1e-4)
 
 
-def test_levels_may_differ_within_a_batch():
-    schedule, t, s = NoiseSchedule(1000), torch.tensor([1000, 7, 300]), torch.tensor([3, 0, 299])
-    x0, x_t = torch.randn(2, 3, 3, 8, 8)
+def test_noise_has_the_stated_mean_and_variance_and_levels_may_differ_within_a_batch():
+    """x_t ~ N(sqrt(ab_t) x0, 1 - ab_t), and x0 itself at t = 0."""
+    schedule, generator = NoiseSchedule(1000), torch.Generator().manual_seed(0)
+    x0, t = torch.full((5, 1, 400, 400), 0.7), torch.tensor([1, 100, 500, 900, 1000])
+    noise = torch.randn(x0.shape, generator=generator)
+    assert torch.equal(schedule.add_noise(x0, 0, noise), x0)
+    for kept, x_t in zip(schedule.alpha_bar[t].tolist(), schedule.add_noise(x0, t, noise)):
+        assert x_t.mean().item() == pytest.approx(0.7 * kept ** 0.5, abs=0.01)
+        assert x_t.var().item() == pytest.approx(1 - kept, rel=0.02)
+    x0, x_t, s = noise[:, :, :8, :8], noise[:, :, 8:16, :8], torch.tensor([0, 3, 499, 20, 999])
     for i, mean in enumerate(schedule.posterior(x0, x_t, t, s)[0]):
         alone = schedule.posterior(x0[i:i + 1], x_t[i:i + 1], int(t[i]), int(s[i]))[0]
         assert torch.equal(alone[0], mean)
 
 
-def test_noise_has_the_stated_mean_and_variance():
-    schedule, generator = NoiseSchedule(1000), torch.Generator().manual_seed(0)
-    x0 = torch.full((1, 1, 400, 400), 0.7)
-    noise = torch.randn(x0.shape, generator=generator)
-    assert torch.equal(schedule.add_noise(x0, 0, noise), x0)
-    for t in (1, 100, 500, 900, 1000):
-        kept, x_t = float(schedule.alpha_bar[t]), schedule.add_noise(x0, t, noise)
-        assert x_t.mean().item() == pytest.approx(0.7 * kept ** 0.5, abs=0.01)
-        assert x_t.var().item() == pytest.approx(1 - kept, rel=0.02)
-
-
 # U-Net encoder ----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("S, N", [(16, 16), (16, 128), (32, 64), (64, 16), (128, 32), (256, 128)])
+def test_a_block_is_two_convolutions_and_attention_by_the_formula():
+    """t's embedding scales and shifts in between; softmax(q k^T / sqrt(16)) v for heads of 16; and
+    untrained it gives back what it is given."""
+    block, x, emb = rd.Block(32, 5, True), torch.randn(2, 32, 3, 3), torch.randn(2, 5)
+    assert torch.equal(block(x, emb), x)
+    for weight in block.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    scale, shift = F.linear(emb, block.emb.weight, block.emb.bias).view(2, 2, 32, 1, 1).unbind(1)
+    h = block.conv1(F.silu(block.norm1(x)))
+    y = x + block.conv2(F.silu(block.norm2(h) + scale * block.norm2(h) + shift))
+    q, k, v = block.qkv(block.norm3(y)).view(2, 3, 32, 9).unbind(1)
+    heads = [v[:, c] @ torch.softmax(q[:, c].mT @ k[:, c] / 4, dim=-1).mT
+             for c in (slice(0, 16), slice(16, 32))]
+    expected = y + block.out(torch.cat(heads, dim=1).view(2, 32, 3, 3))
+    assert torch.allclose(block(x, emb), expected, atol=1e-4)
+
+
+def test_stages_are_as_wide_as_their_side_says():
+    """48 channels at side 16, twice and four times that below, two thirds above, whatever the size;
+    attention where there are few positions; t as sines and cosines of 1 to 1e4 steps."""
+    wide, attends = {4: 192, 8: 96, 16: 48}, {4: [True], 8: [True], 16: [False, True]}
+    for S, N in ((16, 64), (256, 128)):
+        unet = rd.UNet(Config(resolution=S, plane_size=N, unet_blocks=2))
+        for stages, largest in ((unet.down, S // 2), (unet.up, N // 2)):
+            assert sorted(map(int, stages)) == [s for s in (4, 8, 16, 32, 64, 128) if s <= largest]
+            for side, blocks in stages.items():
+                widths = {block.norm1.num_channels for block in blocks}
+                assert widths == {wide.get(int(side), 32)}
+                assert [b.attention for b in blocks] == attends.get(int(side), [False, False])
+    model, seen = tiny_model(), []
+    model.unet.embed.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    model.encode(torch.zeros(2, 3, 16, 16), torch.tensor([0, 700]))
+    phase = torch.tensor([0.0, 700])[:, None] / 1e4 ** (torch.arange(8) / 7)
+    assert torch.allclose(seen[0], torch.cat([phase.sin(), phase.cos()], dim=1), atol=1e-4)
+
+
+@pytest.mark.parametrize("S, N", [(16, 16), (16, 256), (32, 64), (64, 16), (128, 32), (256, 128)])
 def test_every_size_has_planes_that_depend_on_the_picture_and_on_t(S, N):
+    """Planes of the larger stages, too: none is left out."""
     model, x_t = tiny_model(resolution=S, plane_size=N), torch.randn(1, 3, S, S)
     planes = model.encode(x_t, 5)
     assert planes.shape == (1, 3, 4, N, N) and planes.isfinite().all()
     for other in (model.encode(x_t, 900), model.encode(x_t.flip(-1), 5)):
         assert not torch.allclose(planes, other, atol=1e-4)
+    with pytest.raises(ValueError, match=f"{S}, {S}"):
+        model.encode(x_t[..., 1:], 5)
 
 
-@pytest.mark.parametrize("S, N", [(16, 16), (16, 64), (64, 32)])
-def test_gradients_reach_every_parameter(S, N):
+@pytest.mark.parametrize("S, N, blocks", [(16, 16, 1), (16, 64, 1), (64, 32, 2)])
+def test_gradients_reach_every_parameter(S, N, blocks):
+    """Within four steps: some weights start at zero and hide others in the first."""
     torch.manual_seed(0)
-    model = RenderDiffusion(tiny(resolution=S, plane_size=N))
+    model = RenderDiffusion(tiny(resolution=S, plane_size=N, unet_blocks=blocks))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     x_t, target = torch.randn(2, 3, S, S), torch.randn(2, 50, 3)
-    for _ in range(4):              # some weights start at zero and hide others in the first step
+    for _ in range(4):
         optimizer.zero_grad()
         x0_hat = model(x_t, torch.tensor([10, 800]), PAIR, torch.randint(S * S, (2, 50)))
-        compass = model.unet.facing.square().mean()         # it has a loss of its own
-        ((x0_hat - target).square().mean() + compass).backward()
+        loss = rd.compass_loss(model.unet.compass, x_t, PAIR)
+        ((x0_hat - target).square().mean() + loss).backward()
         optimizer.step()
     assert not [k for k, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+@pytest.mark.parametrize("fold", [0, 4])
+@pytest.mark.parametrize("before, after", [
+    ((32, 32, 1), (64, 64, 1)), ((32, 32, 1), (128, 128, 1)), ((32, 64, 1), (64, 64, 2)),
+    ((64, 32, 1), (64, 128, 1)), ((16, 16, 1), (16, 16, 3)), ((32, 32, 2), (64, 32, 2))])
+def test_a_grown_network_is_the_one_that_it_was_grown_from(before, after, fold):
+    """Its planes are the small one's, doubled as they are read; it shows the same picture."""
+    (S, N, blocks), (large_S, large_N, large_blocks) = before, after
+    small = tiny_model(resolution=S, plane_size=N, unet_blocks=blocks, fold=fold)
+    large = RenderDiffusion(tiny(resolution=large_S, plane_size=large_N, fold=fold,
+                                 unet_blocks=large_blocks)).eval()
+    rd.grow(large, small)
+    x_t = torch.randn(2, 3, large_S, large_S)
+    for t in (0, torch.tensor([300, 1000])):
+        planes = small.encode(F.avg_pool2d(x_t, large_S // S), t).flatten(0, 1)
+        while planes.shape[-1] < large_N:
+            planes = F.interpolate(planes, scale_factor=2, mode="bilinear", align_corners=True)
+        shown = small.render(planes.unflatten(0, (2, 3)), PAIR, resolution=large_S)[0]
+        with torch.no_grad():
+            assert torch.allclose(large(x_t, t, PAIR), shown, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, its, ours", [
+    ("resolution", 64, 32), ("resolution", 16, 32), ("resolution", 32, 256), ("plane_size", 64, 32),
+    ("plane_size", 16, 32), ("unet_blocks", 2, 1), ("fold", 0, 4), ("plane_channels", 4, 8),
+    ("unet_channels", 16, 32), ("mlp_hidden", 16, 32)])
+def test_weights_that_do_not_fit_are_refused_by_what_differs(name, its, ours):
+    """Larger, deeper, or of another kind."""
+    models = (RenderDiffusion(tiny(**{name: value})) for value in (ours, its))
+    with pytest.raises(ValueError, match=rf"\A.*{name} = {its}, .* {ours}\Z"):
+        rd.grow(*models)
 
 
 # Triplanes and MLP ------------------------------------------------------------------------------
 
 def test_triplanes_agree_with_a_loop():
-    """In the order xy, xz, yz; the first axis along a plane's columns."""
+    """In the order xy, xz, yz; the first axis along a plane's columns; -1 and 1 are texels."""
     planes = torch.randn(2, 3, 5, 8, 8, dtype=torch.float64)
     points = torch.rand(2, 40, 3, dtype=torch.float64) * 2 - 1
     points[0, 0], points[0, 1] = torch.tensor([1.0, -1.0, 1.0]), torch.tensor([-1.0, 1.0, -1.0])
@@ -1248,25 +318,31 @@ def test_triplanes_agree_with_a_loop():
     assert torch.allclose(sample_triplanes(planes, points), expected)
 
 
-def test_mlp_starts_nearly_transparent_and_never_dies():
+def test_mlp_is_its_formula_starts_nearly_transparent_and_never_dies():
+    """Density 25 softplus(o - 3), colour sigmoid(o), of points and features alike."""
     torch.manual_seed(0)
     mlp, points = RadianceMLP(16, 64), torch.rand(4, 500, 3) * 2 - 1
     features = torch.randn(4, 500, 16, requires_grad=True)
     density, color = mlp(points, features)
-    assert density.min() > 0 and density.mean() < 2 and color.min() > 0 and color.max() < 1
+    o = torch.cat([points, features], dim=-1)
+    for layer in mlp.layers:
+        o = o.clamp(min=0) if isinstance(layer, torch.nn.ReLU) else o @ layer.weight.T + layer.bias
+    assert torch.allclose(density, 25 * (1 + (o[..., 0] - 3).exp()).log(), atol=1e-5)
+    assert torch.allclose(color, 1 / (1 + (-o[..., 1:]).exp()), atol=1e-6)
+    assert density.min() > 0 and density.mean() < 2
     density.sum().backward()
     assert (features.grad.abs().sum(-1) > 0).float().mean() > 0.99
-    assert not torch.allclose(density, mlp(-points, features)[0])               # it reads p, too
 
 
 # Ray marching -----------------------------------------------------------------------------------
 
 def test_ray_interval_agrees_with_a_search():
+    """Rays from outside and inside, along axes and faces; those that miss have no length."""
     torch.manual_seed(0)
     origins, directions = torch.rand(800, 3) * 4 - 2, torch.randn(800, 3)
     directions[:60] = torch.eye(3).repeat(20, 1) * torch.tensor([1.0, -1.0]).repeat(30)[:, None]
     directions[60:120, 1] = 0                           # parallel to two faces or to four
-    directions = directions / directions.norm(dim=-1, keepdim=True)
+    directions = F.normalize(directions, dim=-1)
     near, far = (x[0].double() for x in rd.ray_interval(origins[None], directions[None]))
     t = torch.arange(0, 8, 0.004, dtype=torch.float64)
     at = (origins[:, None] + t[:, None] * directions[:, None]).abs().amax(-1)         # (800, t)
@@ -1277,12 +353,12 @@ def test_ray_interval_agrees_with_a_search():
     assert torch.allclose(near[hit], first[hit], atol=0.005)
     assert torch.allclose(far[hit], last[hit], atol=0.005)
     assert not near[starts_inside].any() and torch.equal(near[miss], far[miss])
-    origins, directions = torch.tensor([[[-3.0, 1, 0], [1, 1, 1]]]), torch.eye(3)[None, [0, 0]]
-    near, far = rd.ray_interval(origins, directions)            # along a face, from a corner
-    assert (far >= near).all() and near.min() >= 0 and far.isfinite().all()
+    closest = -(origins * directions).sum(-1).clamp(max=0)
+    assert torch.allclose(near[miss], closest[miss].double(), atol=1e-5)
 
 
 def test_composite_agrees_with_a_loop_and_a_slab():
+    """Weights and what is left sum to 1; a uniform slab of depth d stops 1 - exp(-sigma d)."""
     density, deltas = torch.rand(2, 5, 9) * 8, torch.rand(2, 5, 9) * 0.4
     density[0, 0, 3], density[0, 1], density[1] = 1e9, 0, 0.3   # a wall, nothing, uniform slabs
     color, background = torch.rand(2, 5, 9, 3), torch.rand(3)
@@ -1297,13 +373,12 @@ def test_composite_agrees_with_a_loop_and_a_slab():
     assert torch.allclose(rgb, expected + left[..., None] * background, atol=1e-6)
     assert torch.allclose(rgb[0, 1], background) and not weights[0, 0, 4:].any()
     assert torch.allclose(weights[1].sum(-1), 1 - torch.exp(-0.3 * deltas[1].sum(-1)), atol=1e-6)
-    first = composite(density[..., 3:], color[..., 3:, :], deltas[..., 3:], background)[0][0, 0]
-    assert torch.allclose(first, color[0, 0, 3])                # an opaque first sample is all
 
 
 @pytest.mark.parametrize("fine", [0, 64])
 @pytest.mark.parametrize("sigma", [0.0, 1.5])
 def test_a_uniform_cube_agrees_with_the_closed_form(sigma, fine):
+    """Colour, opacity and depth; what passes through ends at the cube's far side."""
     color = torch.tensor([0.8, 0.3, 0.6])
     rgb, depth, opacity = render_field(
         lambda p: (torch.full_like(p[..., 0], sigma), color.expand_as(p)), samples=200,
@@ -1316,160 +391,81 @@ def test_a_uniform_cube_agrees_with_the_closed_form(sigma, fine):
     assert torch.allclose(opacity.double(), filled, atol=1e-5)
     shown = filled[:, None] * color.view(3, 1, 1) + (1 - filled[:, None]) * 0.25
     assert torch.allclose(rgb.double(), shown, atol=1e-5)
-    ends = near + (filled / sigma if sigma else length)         # what is left ends at the exit
+    ends = near + (filled / sigma if sigma else length)
     assert torch.allclose(depth.double()[hit], ends[hit], atol=2e-3) and depth.isfinite().all()
     assert hit.any() and not hit.all()
 
 
-def test_a_soft_sphere_converges_to_the_closed_form():
-    """Density 20 (1 - |p|^2 / r^2): a chord of half length h integrates to 80 h^3 / 3r^2."""
-    def field(p):
-        return 20 * (1 - p.square().sum(-1) / 0.64).clamp(min=0), torch.ones_like(p)
-    aside = torch.linalg.cross(*camera_rays(PAIR, 1.6, 16)).square().sum(-1).view(2, 16, 16)
-    expected = 1 - torch.exp(-80 / 3 * (0.64 - aside).clamp(min=0) ** 1.5 / 0.64)
-    errors = [(render_field(field, samples=K, fine_samples=0)[2] - expected).abs().max()
-              for K in (8, 32, 128)]
-    assert errors[2] < 1e-3 and errors[2] < errors[1] / 4 < errors[0] / 16
-
-
 def test_importance_samples_follow_the_coarse_weights():
+    """In the shares of Barron et al. 2021, eq. 18, as written, and evenly within an interval."""
     edges = torch.tensor([0.5, 0.7, 1.3, 1.4, 2.0, 2.1, 2.6, 3.0])
     weights = torch.tensor([0.0, 0.05, 0.5, 0.3, 0.0, 0.0, 0.1])
     u = torch.rand(1, 1, 40000, generator=torch.Generator().manual_seed(0))
-    found = rd.importance_samples(edges[None, None], weights[None, None], u)[0, 0]
-    assert found.min() >= 0.5 and found.max() <= 3.0
-    w = np.pad(weights.numpy(), 1, mode="edge")         # Barron et al. 2021, eq. 18, as written
+    drawn = rd.importance_samples(edges[None, None], weights[None, None], u)[0, 0]
+    assert drawn.min() >= 0.5 and drawn.max() <= 3.0
+    w = np.pad(weights.numpy(), 1, mode="edge")
     pdf = [(max(w[i - 1], w[i]) + max(w[i], w[i + 1])) / 2 + 0.01 for i in range(1, 8)]
-    share = np.histogram(found.numpy(), edges.numpy())[0] / 40000
-    np.testing.assert_allclose(share, pdf / np.sum(pdf), atol=0.01)
-    inside = found[(found > 0.7) & (found < 1.3)]       # evenly within an interval
+    share = np.histogram(drawn.numpy(), edges.numpy())[0] / 40000
+    np.testing.assert_allclose(share, pdf / np.sum(pdf), atol=0.005)
+    inside = drawn[(drawn > 0.7) & (drawn < 1.3)]
     assert inside.mean().item() == pytest.approx(1.0, abs=0.01)
     assert rd.importance_samples(edges[None, None], 0 * weights[None, None], u).isfinite().all()
 
 
 def test_importance_samples_sharpen_a_thin_shell():
+    """More samples err less; and 48 + 48 have less than half the error of 96."""
     def field(p):
         return 60 * torch.exp(-((p.norm(dim=-1) - 0.6) / 0.04) ** 2), p.sign() / 2 + 0.5
     truth = render_field(field, samples=2000)[0]
     coarse, more, fine = (
         (render_field(field, samples=K, fine_samples=F)[0] - truth).square().mean()
         for K, F in ((48, 0), (96, 0), (48, 48)))
-    assert fine < more / 2 and more < coarse
-
-
-def rays(count, seed=0):
-    """Rays (1, R, 3) in float64 from outside towards the middle of the cube."""
-    generator = torch.Generator().manual_seed(seed)
-    origins = 4 * torch.nn.functional.normalize(
-        torch.randn(1, count, 3, generator=generator).double(), dim=-1)
-    aim = torch.rand(1, count, 3, generator=generator).double() - 0.5
-    return origins, torch.nn.functional.normalize(aim - origins, dim=-1)
-
-
-@pytest.mark.parametrize("fine", [0, 5])
-def test_gradients_of_marching_agree_with_finite_differences(fine):
-    """With importance samples of the colour alone: where those lie is held fixed on purpose."""
-    def show(density, color):
-        def field(points):
-            waves = torch.sin(points @ torch.tensor([[3.0, 1, 2], [1, -2, 1]]).double().T)
-            return (torch.nn.functional.softplus(waves @ density[:2] + density[2]),
-                    torch.sigmoid(waves @ color[:2] + color[2]))
-        jitter = torch.linspace(0.1, 0.9, 3 * (6 + fine)).double().view(1, 3, -1)
-        return rd.march(field, *rays(3), 6, fine, torch.tensor([0.2, 0.5, 0.9]).double(), jitter)
-    torch.manual_seed(0)
-    density, color = torch.randn(3).double(), torch.randn(3, 3).double().requires_grad_()
-    assert torch.autograd.gradcheck(show, (density.requires_grad_(not fine), color))
-
-
-def test_gradients_of_planes_and_mlp_agree_with_finite_differences():
-    torch.manual_seed(0)
-    mlp = RadianceMLP(2, 4).double()
-    planes = (4 * torch.randn(1, 3, 2, 4, 4)).double().requires_grad_()
-
-    def show(planes, *weights):
-        for weight, value in zip(mlp.layers[::2], weights):
-            weight.bias.data.copy_(value)
-        return rd.march(lambda p: mlp(p, sample_triplanes(planes, p)), *rays(4), 7, 0,
-                        torch.zeros(3).double())
-    assert torch.autograd.gradcheck(show, (planes,))
-    rgb, depth, opacity = show(planes)
-    weight = mlp.layers[4].weight
-    (rgb.sum() + depth.sum() + opacity.sum()).backward()
-    for i, j in ((0, 0), (0, 3), (2, 1)):
-        with torch.no_grad():
-            sums = []
-            for step in (1e-6, -2e-6):
-                weight[i, j] += step
-                sums.append(sum(x.sum() for x in show(planes)))
-            weight[i, j] += 1e-6
-        assert weight.grad[i, j] == pytest.approx((sums[0] - sums[1]).item() / 2e-6, rel=1e-5)
-
-
-@pytest.mark.parametrize("fine", [False, True])
-def test_more_samples_converge(fine):
-    """Planes are bilinear, so twice the samples err at least a third less; 512 are exact."""
-    torch.manual_seed(0)
-    planes, counts = 6 * torch.randn(2, 3, 4, 16, 16), (16, 32, 64, 128, 256, 512, 4096)
-    shown = [tiny_model(samples=K, fine_samples=fine * K).render(planes, PAIR)[0] for K in counts]
-    errors = [(some - shown[-1]).square().mean().sqrt().item() for some in shown[:-1]]
-    assert all(b < a / 1.5 for a, b in zip(errors, errors[1:])) and errors[-1] < 2e-3 < errors[0]
+    assert fine < more / 2 and more < coarse / 2
 
 
 EDGES = [       # origin, direction: rays that a formula for a cube gets wrong first
-    ((-3, 1, 0), (1, 0, 0)), ((-3, 1, 1), (1, 0, 0)), ((1, 1, 1), (1, 0, 0)),   # face, edge, corner
-    ((1, 1, 1), (-1, -1, -1)), ((0, 0, 0), (0, 0, 1)), ((1, 0, 0), (-1, 0, 0)),     # from inside
-    ((1, 0, 0), (0, 1, 0)), ((-1, -1, -1), (0, 0, 1)), ((0.5, 0.5, 1), (0, 1, 0)),  # from a face
-    ((3, 3, 0), (-1, 1, 0)), ((5, 0, 0), (1, 0, 0)), ((9, 9, 9), (0, 0, -1)),       # missing it
-    ((0, 0, 3), (1e-12, 0, -1)), ((2, 0, 0), (-1, 1e-7, 0)), ((1e3, 0, 0), (-1, 0, 0)),
-    ((-2, -1, 0), (1, 1, 0)), ((1 + 1e-7, 0, 5), (0, 0, -1)), ((1 - 1e-7, 0, 5), (0, 0, -1))]
+    ((-3, 1, 1), (1, 0, 0)), ((1, 1, 1), (1, 0, 0)), ((1, 0, 0), (0, 1, 0)),
+    ((1, 0, 0), (-1, 0, 0)), ((3, 3, 0), (-1, 1, 0)), ((5, 0, 0), (1, 0, 0)),
+    ((9, 9, 9), (0, 0, -1)), ((0, 0, 3), (1e-12, 0, -1)), ((1e3, 0, 0), (-1, 0, 0)),
+    ((0, 0, 0), (0, 0, 1)), ((1 + 1e-7, 0, 5), (0, 0, -1)), ((1 - 1e-7, 0, 5), (0, 0, -1))]
 
 
 @pytest.mark.parametrize("fine", [0, 8])
-@pytest.mark.parametrize("sigma", [0.0, 1e-38, 1e-30, 1e-3, 1.0, 1e4, 1e10, 1e30, 3e38])
+@pytest.mark.parametrize("sigma", [0.0, 1e-38, 1.0, 1e10, 3e38])
 def test_any_density_on_any_ray_gives_finite_values_and_gradients(sigma, fine):
+    """A training cannot end in NaN by a ray along a face, or by a density that overflows."""
     torch.manual_seed(0)
     origins, directions = torch.tensor(EDGES).float().transpose(0, 1)[:, None]
-    directions = torch.nn.functional.normalize(directions, dim=-1)
     for spread in (0.0, 1.0):                           # everywhere the same, or here and there
-        density = torch.where(torch.rand(1, len(EDGES) * 24) < spread / 2, 0, sigma)
+        density = torch.where(torch.rand(1, len(EDGES) * 16) < spread / 2, 0, sigma)
         density.requires_grad_()
-        color = torch.rand(1, len(EDGES) * 24, 3, requires_grad=True)
-        rgb, depth, opacity = rd.march(
-            lambda p: (density[:, :p.shape[1]], color[:, :p.shape[1]]), origins, directions, 16,
-            fine, torch.tensor([0.2, 0.5, 0.9]))
-        gradients = torch.autograd.grad((rgb.sum() + depth.sum() + opacity.sum()), (density, color))
-        assert all(x.isfinite().all() for x in (rgb, depth, opacity, *gradients))
-        assert rgb.min() >= 0 and rgb.max() <= 1.0001 and depth.min() >= 0
-        assert opacity.min() >= 0 and opacity.max() <= 1.0001
-        if sigma >= 1e4 and not spread:                 # solid: opaque where the cube is hit at all
-            inside = [i for i, (o, d) in enumerate(EDGES) if i in (3, 4, 5, 12, 13, 14, 15)]
-            assert (opacity[0, inside] > 0.99).all() and not opacity[0, 9:12].any()
+        color = torch.rand(1, len(EDGES) * 16, 3, requires_grad=True)
+        shown = rd.march(lambda p: (density[:, :p.shape[1]], color[:, :p.shape[1]]), origins,
+                         F.normalize(directions, dim=-1), 16, fine, torch.tensor([0.2, 0.5, 0.9]))
+        gradients = torch.autograd.grad(sum(x.sum() for x in shown), (density, color))
+        assert all(x.isfinite().all() and x.min() >= 0 for x in shown)
+        assert all(x.isfinite().all() for x in gradients)
+        rgb, _, opacity = shown
+        assert rgb.max() <= 1.0001 and opacity.max() <= 1.0001
+        if sigma == 1e10 and not spread:                # solid: opaque where the cube is hit at all
+            assert (opacity[0, [3, 7, 8, 9]] > 0.99).all() and not opacity[0, 4:7].any()
 
 
-def test_one_picture_one_ray_and_one_sample_are_enough():
-    model, image = tiny_model(samples=1, fine_samples=0), torch.rand(1, 3, 16, 16) * 2 - 1
-    planes = model.encode(image, 3)
-    origins, directions = camera_rays(PAIR[:1], 1.6, 16)
-    for fine in (0, 1):
-        model.config.fine_samples = fine
-        whole = model.render(planes, PAIR[:1])[0].flatten(2).mT / 2 + 0.5
-        one = model.march(planes, origins[:, 77:78], directions[:, 77:78])
-        assert one[0].shape == (1, 1, 3) and torch.allclose(one[0][0, 0], whole[0, 77], atol=1e-5)
-        assert all(x.isfinite().all() for x in one)
-    with torch.no_grad():                       # one sample is the middle of the ray's interval
-        near, far = rd.ray_interval(origins, directions)
-        points = origins + (near + far)[..., None] / 2 * directions
-        density, color = model.mlp(points, sample_triplanes(planes, points))
-        alpha = (1 - torch.exp(-density * (far - near)))[..., None]
-        model.config.fine_samples = 0
-        assert torch.allclose(model.render(planes, PAIR[:1])[0].flatten(2).mT / 2 + 0.5,
-                              alpha * color + (1 - alpha) * model.background, atol=1e-5)
+def test_samples_are_in_the_middle_of_their_parts_or_where_jitter_says():
+    """Of the ray's interval in the cube, cut into equal parts."""
+    asked = []
+    for jitter in (None, torch.tensor([[[0.0, 0.25, 0.5, 1.0]]])):
+        rd.march(lambda p: asked.append(p[0, :, 0].tolist()) or (p[..., 0], p), torch.tensor(
+            [[[-2.0, 0, 0]]]), torch.tensor([[[1.0, 0, 0]]]), 4, 0, torch.zeros(3), jitter)
+    assert asked[0] == pytest.approx([-0.75, -0.25, 0.25, 0.75])
+    assert asked[1] == pytest.approx([-1, -0.375, 0.25, 1])
 
 
 # The model --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("fine", [0, 8])
 def test_chunks_pixels_batches_and_repetitions_equal_the_whole(monkeypatch, fine):
+    """Rays do not know of each other, nor do pictures; without importance samples when asked."""
     model, x_t = tiny_model(fine_samples=fine), torch.randn(2, 3, 16, 16)
     t, pixels = torch.tensor([3, 700]), torch.stack([torch.randperm(256)[:40] for _ in range(2)])
     planes = model.encode(x_t, t)
@@ -1478,11 +474,14 @@ def test_chunks_pixels_batches_and_repetitions_equal_the_whole(monkeypatch, fine
     assert torch.equal(whole[0], model(x_t, t, PAIR))
     picked = whole[0].flatten(2).mT[torch.arange(2)[:, None], pixels]          # (B, n, 3)
     assert torch.allclose(model(x_t, t, PAIR, pixels), picked, atol=1e-5)
+    assert not torch.allclose(model.train()(x_t, t, PAIR, pixels), picked, atol=1e-4)   # jitter
     for i in range(2):
         single = model.encode(x_t[i:i + 1], int(t[i]))
         assert torch.allclose(single, planes[i:i + 1], atol=1e-5)
         for one, many in zip(model.render(single, PAIR[i:i + 1]), whole):
             assert torch.allclose(one, many[i:i + 1], atol=1e-5)
+    coarse = tiny_model(fine_samples=0).render(planes, PAIR)
+    assert all(map(torch.equal, model.render(planes, PAIR, fine=False), coarse))
     monkeypatch.setattr(RenderDiffusion, "points_at_once", 600)
     calls, march = [], model.march
     monkeypatch.setattr(model, "march", lambda *a, **k: calls.append(0) or march(*a, **k))
@@ -1491,131 +490,30 @@ def test_chunks_pixels_batches_and_repetitions_equal_the_whole(monkeypatch, fine
 
 
 def test_another_resolution_and_focal_show_the_same_scene():
+    """Planes are continuous: the middle of three by three pixels, and of twice the picture."""
     model, planes = tiny_model(), torch.randn(2, 3, 4, 16, 16)
     small, double, finer = (model.render(planes, PAIR, resolution=S) for S in (16, 32, 48))
     zoomed = model.render(planes, PAIR, focal=2 * model.config.focal)
     for a, b, c, d in zip(small, finer, zoomed, double):
-        assert torch.allclose(a, b[..., 1::3, 1::3], atol=1e-4)     # the middle of three by three
-        assert torch.allclose(c, d[..., 8:24, 8:24], atol=1e-4)     # and of twice the picture
+        assert torch.allclose(a, b[..., 1::3, 1::3], atol=1e-4)
+        assert torch.allclose(c, d[..., 8:24, 8:24], atol=1e-4)
 
 
-@pytest.mark.parametrize("fine", [0, 8])
-def test_camera_and_volume_turned_together_give_the_same_picture(fine):
-    model, planes = tiny_model(fine_samples=fine), 4 * torch.randn(1, 3, 4, 16, 16)
+def test_camera_and_volume_turned_together_give_the_same_picture():
+    """A quarter turn: (x, y, z) -> (-y, x, z); xz becomes yz, and yz a mirrored xz."""
+    model, planes = tiny_model(), 4 * torch.randn(1, 3, 4, 16, 16)
     model.mlp.layers[0].weight[:, :3] = 0                       # the field, without p itself
     before = model.render(planes, orbit(25.0, 30.0, 2.7)[None])
     assert before[0].std() > 0.05
-    for quarter in (1, 2, 3):       # (x, y, z) -> (-y, x, z): xz becomes yz, yz a mirrored xz
+    for quarter in (1, 2, 3):
         xy, xz, yz = planes.unbind(1)
         planes = torch.stack([xy.flip(-2).mT, yz.flip(-1), xz], dim=1)
         after = model.render(planes, orbit(25.0 + 90 * quarter, 30.0, 2.7)[None])
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(before, after))
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 7])
-def test_angles_are_multiplied(count):
-    angle, length = torch.linspace(-3, 3, 13), torch.linspace(0.5, 1, 13)
-    z = length[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
-    times = torch.stack([(count * angle).cos(), (count * angle).sin()], dim=1)
-    assert torch.allclose(rd.multiply_angle(z, count), length[:, None] ** count * times, atol=1e-5)
-
-
-def test_planes_know_of_the_camera_fold_times_its_azimuth_alone():
-    """What is drawn cannot depend on which of four sides the compass takes for its own."""
-    model, x_t = tiny_model(fold=4), torch.randn(1, 3, 16, 16)
-
-    def planes(azimuth):
-        angle = math.radians(azimuth)
-        model.unet.compass.forward = lambda x: torch.tensor([[math.cos(angle), math.sin(angle)]])
-        return model.encode(x_t, 100)
-    assert all(torch.allclose(planes(20), planes(20 + turn), atol=1e-4) for turn in (90, 180, 270))
-    assert (planes(20) - planes(65)).abs().max() > 1e-2
-    assert tiny_model(fold=0).unet.compass is None
-    model = tiny_model(fold=4).requires_grad_(True)         # no picture's error teaches the compass
-    model(x_t, 100, PAIR[:1]).square().mean().backward()
-    assert all(weight.grad is None for weight in model.unet.compass.parameters())
-    assert model.unet.turn.weight.grad.abs().max() > 0
-
-
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_the_compass_is_taught_the_camera_of_the_picture_that_is_encoded(share):
-    ema = tiny_model(other_side=share, other_side_from=0.0, shift=0.3)
-    x0, azimuth = torch.rand(8, 3, 16, 16) * 2 - 1, torch.arange(8) * 45.0
-    seen = azimuth.roll(1).deg2rad() if share else azimuth.deg2rad()
-    for shift in (0.0, 0.3):
-        facing = torch.stack([seen.cos() + shift, seen.sin()], dim=1)
-
-        def model(x_t, t, poses, pixels, jitter):
-            return x0.flatten(2).mT[torch.arange(8)[:, None], pixels]
-        model.unet = SimpleNamespace(facing=facing)
-        poses = orbit(azimuth, 30, 5.0)
-        loss = rd.denoising_loss(model, ema, x0, poses, 0.5)
-        assert loss.item() == pytest.approx(0.1 * shift ** 2 / 2, abs=1e-6)
-        elevation = torch.full((8, 1), math.sin(math.radians(30)) - shift)
-        model.unet.facing = torch.cat([facing, elevation], dim=1)       # if features are laid down
-        loss = rd.denoising_loss(model, ema, x0, poses, 0.5)
-        assert loss.item() == pytest.approx(0.1 * (1 + 25) * shift ** 2 / 3, abs=1e-6)
-
-
-@pytest.mark.parametrize("focal, radius", [(1.6, 2.9), (1.2, 4.0)])
-def test_features_are_laid_where_the_camera_sees_the_ground(focal, radius):
-    """A picture whose pixels hold their own place, against a pinhole projection of the ground."""
-    azimuth, elevation = torch.tensor([0.0, 70.0, 200.0, 315.0]), torch.tensor([20.0, 35, 50, 80])
-    poses, a, e = orbit(azimuth, elevation, radius), azimuth.deg2rad(), elevation.deg2rad()
-    facing = torch.stack([a.cos(), a.sin(), e.sin()], dim=1)
-    middles = (torch.arange(16) + 0.5) / 16
-    place = torch.stack(torch.meshgrid(middles, middles, indexing="xy")).expand(4, 2, 16, 16)
-    laid = rd.lay_down(place, facing, focal, radius)                            # (4, 2, y, x)
-    x, y = torch.meshgrid(2 * middles - 1, 2 * middles - 1, indexing="xy")
-    ground = torch.stack([x, y, 0 * x], dim=-1).view(-1, 3)
-    seen = (ground - poses[:, None, :3, 3]) @ poses[:, :3, :3]                  # (4, 256, 3)
-    expected = focal * seen[..., :2] / seen[..., 2:] + 0.5
-    inside = ((expected > 1 / 32) & (expected < 31 / 32)).all(-1)
-    assert inside.float().mean() > 0.4
-    assert torch.allclose(laid.flatten(2).mT[inside], expected[inside], atol=1e-5)
-
-
-@pytest.mark.parametrize("fold", [0, 4])
-def test_a_model_that_lays_features_down(monkeypatch, fold):
-    """Its planes depend on the estimated camera, and no picture's error teaches the compass."""
-    model = tiny_model(lay_down=True, fold=fold).requires_grad_(True)
-    x_t = torch.randn(1, 3, 16, 16)
-    model(x_t, 100, PAIR[:1]).square().mean().backward()
-    assert all(weight.grad is None for weight in model.unet.compass.parameters())
-    assert model.unet.facing.shape == (1, 3)
-    sides, lay = [], rd.lay_down
-    monkeypatch.setattr(rd, "lay_down", lambda h, *camera: sides.append(len(h[0, 0])) or lay(
-        h, *camera))
-    model.encode(x_t, 100)
-    assert sides == [4, 8, 4]                                   # the middle, and every skip
-
-    def planes(azimuth, sine):
-        facing = torch.tensor([[math.cos(azimuth), math.sin(azimuth), sine]])
-        model.unet.compass.forward = lambda x: facing
-        return model.encode(x_t, 100)
-    for other in ((math.pi / 2, 0.5), (0.0, 0.7)):              # `fold` alone sees no quarter turn
-        assert (planes(0.0, 0.5) - planes(*other)).abs().max() > 1e-2
-
-
-def test_the_compass_finds_the_camera_by_light_and_shadow():
-    """Chance is 0.5. Over 3 seeds: 0.05 to 0.12."""
-    torch.manual_seed(0)
-    compass, errors = rd.Compass(16, 2, 1), []
-    adam = torch.optim.Adam(compass.parameters(), 3e-3)
-    for step in range(150):
-        views = synthetic("clevr1", 32, 1, 16, start=32 * step, depth=False)
-        truth = torch.nn.functional.normalize(views.poses[:, 0, :2, 3], dim=1)
-        loss = (compass(views.images[:, 0]) - truth).square().mean()
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        errors.append(loss.item())
-    assert np.mean(errors[-20:]) < 0.25
-
-
 def test_bfloat16_agrees_with_float32():
     """Stated tolerance: planes within 3 % of their spread, pictures within 40 dB."""
-    torch.manual_seed(0)
     model, x_t = tiny_model(unet_channels=32), torch.randn(4, 3, 16, 16)
     t, poses = torch.tensor([0, 100, 500, 1000]), PAIR.repeat(2, 1, 1)
     exact = model.encode(x_t, t)
@@ -1625,109 +523,145 @@ def test_bfloat16_agrees_with_float32():
     assert close.dtype == torch.float32 and not torch.equal(close, exact)
     assert (close - exact).square().mean().sqrt() < 0.03 * exact.std()
     assert psnr(model.render(close, poses)[0] / 2 + 0.5, picture / 2 + 0.5).min() > 40
-    model.requires_grad_(True)
-    gradients = []
-    for model.bf16 in (False, True):
-        model.zero_grad()
-        error = model(x_t, t, poses, torch.arange(64).expand(4, -1)).square().mean()
-        (error + model.unet.facing.square().mean()).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+def test_poses_of_any_kind_and_inference_mode_change_nothing():
+    """float64 as numpy makes them, one (4, 4) for a scene or for all, and no autograd at all."""
+    model, images = tiny_model(timesteps=20), torch.rand(2, 3, 16, 16) * 2 - 1
+    masks = (torch.arange(16) < 9).float().expand(2, 1, 16, 16)
+
+    def everything(poses):
+        planes = reconstruct(model, images, poses, t_r=9, steps=2)
+        return (planes, model.render(planes, poses)[0], inpaint(model, images, masks, poses, 3)[0],
+                find_poses(model, images), generate(model, poses, 3)[0],
+                *rd.surface_points(model, planes[:1], poses.reshape(-1, 4, 4), 8))
+    plain, double = everything(PAIR), everything(PAIR.double())
+    with torch.inference_mode():
+        inferred = everything(PAIR)
+    for a, b, c in zip(plain, double, inferred):
+        assert b.dtype == torch.float32 and torch.allclose(a, b, atol=1e-4) and torch.equal(a, c)
+    one, both = everything(PAIR[0]), everything(PAIR[[0, 0]])
+    assert all(map(torch.equal, one[:4], both[:4]))
+    assert torch.equal(one[4], generate(model, PAIR[:1], 3)[0])
 
 
 # Training ---------------------------------------------------------------------------------------
 
-def watch_loss(ema, x0, poses, progress=0.0):
-    """One loss of a model that answers with the truth, so it is 0 -> the x_t and t it was asked."""
-    asked = []
+class Answers:
+    """A model that is off the truth x0 by `off` at every pixel; it notes what it is asked."""
 
-    def model(x_t, t, given, pixels, *_, **__):
-        assert torch.equal(given, poses)
-        asked.append((x_t, t))
-        return x0.flatten(2).mT[torch.arange(len(x0))[:, None], pixels]
-    assert rd.denoising_loss(model, ema, x0, poses, progress) == 0
-    return asked[0]
+    def __init__(self, x0, off=0.0, **changes):
+        self.config, self.x0, self.off, self.asked = tiny(**changes), x0, off, []
+        self.schedule = NoiseSchedule(self.config.timesteps, self.config.schedule)
+        self.background = torch.tensor([0.25, 0.5, 0.75])
+
+    def __call__(self, x_t, t, poses, pixels):
+        self.asked.append((x_t, t, poses, pixels))
+        return self.x0.flatten(2).mT[torch.arange(len(pixels))[:, None], pixels] + self.off
 
 
 def test_every_noise_level_is_trained_from_clean_to_pure_noise():
-    ema, poses = tiny_model(timesteps=20, fold=0), orbit(torch.arange(10) * 36.0, 30, 2.7)
-    x0, levels, noisiest = torch.rand(10, 3, 16, 16) * 2 - 1, [], []
-    for _ in range(400):
-        x_t, t = watch_loss(ema, x0, poses)
-        assert torch.equal(x_t[t == 0], x0[t == 0])
-        levels.append(t)
-        noisiest.append(x_t[t == 20])
-    share, clean = torch.bincount(torch.cat(levels), minlength=21) / 4000, ema.config.clean
-    assert len(share) == 21 and abs(share[0] - clean) < 0.02
-    assert (share[1:] - (1 - clean) / 20).abs().max() < 0.02
-    assert torch.cat(noisiest).std().item() == pytest.approx(1, abs=0.02)
+    """t = T, too, as often as any other; 0 in its share; evenly within each batch."""
+    levels = torch.cat([rd.draw_levels(tiny(timesteps=20, clean_share=0.3), 10, "cpu")
+                        for _ in range(800)])
+    share = torch.bincount(levels, minlength=21) / 8000
+    assert len(share) == 21 and share[0].item() == pytest.approx(0.3, abs=0.005)
+    assert (share[1:] - 0.7 / 20).abs().max() < 0.01
+    assert all((levels.view(800, 10) == 0).sum(1) == 3)
+    assert levels[levels > 0].double().mean().item() == pytest.approx(10.5, abs=0.15)
+    assert not rd.draw_levels(tiny(clean_share=1.0), 9, "cpu").any()
+    assert rd.draw_levels(tiny(clean_share=0.0), 9, "cpu").all()
 
 
-@pytest.mark.parametrize("chance", [1.0, 0.25])
-def test_rays_go_where_something_is_seen(chance):
-    ema, counts = tiny_model(empty_rays=chance, rays=8, fold=0), torch.zeros(2, 256)
-    x0 = (ema.background * 2 - 1).view(1, 3, 1, 1).repeat(2, 1, 16, 16)
-    x0[0, 1, 4:7, 9] += 0.1                         # three pixels and those that touch them: 15
-    poses = PAIR
-
-    def model(x_t, t, poses, pixels, jitter):
-        assert pixels.shape == (2, 8) and all(len(row.unique()) == 8 for row in pixels)
-        assert jitter.shape == (2, 8, ema.config.samples + ema.config.fine_samples)
-        counts.scatter_add_(1, pixels, torch.ones(2, 8))
-        return x0.flatten(2).mT[torch.arange(2)[:, None], pixels]
-    for _ in range(4000):
-        rd.denoising_loss(model, ema, x0, poses, 0.0)
-    near = torch.zeros(16, 16, dtype=torch.bool)
+def test_rays_go_where_something_is_seen():
+    """Mere background has a tenth of the weight of what is not, or touches it; none comes twice."""
+    background = torch.tensor([-0.5, 0.0, 0.5])
+    x0 = background.view(1, 3, 1, 1).repeat(4000, 1, 16, 16)
+    x0[:, 1, 4:7, 9] += 0.1                         # three pixels and those that touch them: 15
+    pixels, near = rd.draw_pixels(x0, background, 8), torch.zeros(16, 16, dtype=torch.bool)
     near[3:8, 8:11] = True
-    first, second = counts.view(2, 16, 16) / 4000
-    assert (second - 8 / 256).abs().max() < 0.015           # nothing to see: all alike
-    ratio = (first[~near].mean() / first[near].mean()).item()
-    assert ratio == pytest.approx(chance, rel=0.15)         # without replacement: nearly
-    assert first[near].std() < 0.15 * first[near].mean()
+    assert pixels.shape == (4000, 8) and (pixels.sort(1).values.diff(dim=1) > 0).all()
+    expected = torch.multinomial(torch.where(near, 1, 0.1).flatten().expand(4000, -1), 8)
+    share, true = (torch.bincount(x.flatten(), minlength=256).view(16, 16) / 4000
+                   for x in (pixels, expected))
+    for where in (near, ~near):
+        assert share[where].mean().item() == pytest.approx(true[where].mean().item(), rel=0.05)
+    assert share[near].std() < 0.1 * share[near].mean()
+    assert rd.draw_pixels(x0[:2], background, 999).shape == (2, 256)            # all there are
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_other_sides_are_encoded_late_and_in_their_share(share):
-    ema = tiny_model(clean=0.99, other_side=share, other_side_from=0.4, fold=0)
-    x0, poses = torch.rand(8, 3, 16, 16) * 2 - 1, orbit(torch.arange(8) * 45.0, 30, 2.7)
-    x_t, t = watch_loss(ema, x0, poses, progress=0.3)
-    assert torch.equal(x_t[t == 0], x0[t == 0])
-    planes, replaced = ema.encode(x0, 0), []
-    shown = torch.stack([ema.render(planes, pose.expand(8, 4, 4))[0] for pose in poses])
-    for _ in range(8):
-        x_t, t = watch_loss(ema, x0, poses, progress=0.5)
-        for i in (t == 0).nonzero()[:, 0].tolist():
-            replaced.append(not torch.equal(x_t[i], x0[i]))
-            error = (shown[:, i] - x_t[i]).abs().amax((1, 2, 3))
-            assert not replaced[-1] or (error.min() < 1e-4 and error.argmin() != i)
-    assert np.mean(replaced) == pytest.approx(share, abs=0.1)
+@pytest.mark.parametrize("kind, expected", [("l1", 0.5), ("l2", 0.25)])
+def test_the_loss_compares_with_the_picture_what_is_seen_of_the_noised_source(kind, expected):
+    """By default the source is the picture; a parallel model's config is its module's."""
+    x0, source = torch.rand(2, 8, 3, 16, 16) * 2 - 1
+    poses = orbit(torch.arange(8) * 45.0, 30, 2.7)
+    for given in ((), (source,)):
+        model, encoded = Answers(x0, 0.5, loss=kind, timesteps=9, rays=7), (*given, x0)[0]
+        assert rd.denoising_loss(model, x0, poses, *given).item() == pytest.approx(expected)
+        (x_t, t, asked, pixels), = model.asked
+        assert torch.equal(asked, poses) and pixels.shape == (8, 7)
+        left = model.schedule.alpha_bar[t].view(-1, 1, 1, 1)
+        assert 0 in t and torch.equal(x_t[t == 0], encoded[t == 0])
+        noise = ((x_t - left.sqrt() * encoded) / (1 - left).sqrt())[t > 0]
+        assert noise.std().item() == pytest.approx(1, abs=0.05) and noise.mean().abs() < 0.05
+    parallel = type("Parallel", (), {"module": model, "__call__": lambda self, *a: model(*a)})()
+    assert rd.denoising_loss(parallel, x0, poses).item() == pytest.approx(expected)
 
 
-def test_other_sides_show_scenes_that_are_moved_along_the_ground():
-    """The encoder gets a moved scene from a camera that stays; the target's camera moves along."""
-    ema, asked = tiny_model(clean=0.99, other_side=0.5, other_side_from=0.0, shift=0.3, fold=0), []
-    x0, poses = torch.rand(8, 3, 16, 16) * 2 - 1, orbit(torch.arange(8) * 45.0, 30, 2.7)
+def test_the_learning_rate_and_the_average_follow_their_formulas(monkeypatch, tmp_path):
+    """Up over 100 steps, down over the last 30 %; gradients of at most 1; an average that forgets
+    its start: watched from outside."""
+    rates, norms, states, step = [], [], [], torch.optim.Adam.step
 
-    def model(x_t, t, given, pixels, *_):
-        asked.append((x_t, t, given))
-        return x0.flatten(2).mT[torch.arange(8)[:, None], pixels]
-    assert rd.denoising_loss(model, ema, x0, poses, 0.5) == 0
-    (x_t, t, given), = asked
-    moved = given - poses
-    assert moved[4:].abs().max() == 0 and 0.1 < moved[:4].abs().max() < 0.3
-    assert (moved[:4, :2, 3] != 0).all() and (moved.flatten(1) != 0).sum() == 8     # x and y alone
-    planes = ema.encode(x0, 0)
-    for i in (t == 0).nonzero()[:, 0].tolist():
-        # a scene moved by d, sampled at p, is the scene at p - d: rays that start at -d
-        shown = x0[i:i + 1] if i >= 4 else ema.render(planes[i:i + 1], poses[i - 1] - moved[i])[0]
-        assert torch.allclose(x_t[i:i + 1], shown, atol=1e-4)
+    def watched(self, *args, **kwargs):
+        group = self.param_groups[0]
+        rates.append(group["lr"])
+        norms.append(sum(p.grad.square().sum() for p in group["params"]).sqrt().item())
+        return step(self, *args, **kwargs)
+
+    def loss(model, x0, poses, source):
+        states.append([p.detach().clone() for p in model.parameters()])
+        return 1e3 * sum(weight.square().sum() for weight in model.parameters())
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    ema = train(tiny(steps=200, scenes=4, fold=0, other_side=0.0, out=str(tmp_path)), loss)
+    assert rates == pytest.approx([1e-3 * min(1, (k + 1) / 100, max(0.02, (1 - k / 200) / 0.3))
+                                   for k in range(200)])
+    assert max(norms) == pytest.approx(1, abs=1e-3)
+    last = torch.load(tmp_path / "clevr1.pt", weights_only=True)["model"].values()
+    average = states[0]
+    for k, weights in enumerate([*states[1:], list(last)]):
+        kept = min(0.999, (1 + k) / (10 + k))
+        average = [kept * a + (1 - kept) * w for a, w in zip(average, weights)]
+    assert all(torch.allclose(a, w, atol=1e-5) for a, w in zip(average, ema.parameters()))
 
 
-def test_one_picture_is_learnt_and_generated(monkeypatch, tmp_path):
-    """Over 8 seeds: 28.8 to 37.0 dB, where the mean colour has 12.0 to 16.2."""
+def test_what_a_training_draws_and_encodes(tmp_path):
+    """New scenes at each step, none held out; another side from its part of the training on. A
+    loss of one's own takes model, x0, poses and source, and need not know of the compass."""
+    seen, config = [], tiny(data="cars", other_side=0.5, other_side_from=0.5, out=str(tmp_path))
+
+    def loss(model, *batch):
+        seen.append(batch)
+        return rd.denoising_loss(model, *batch)
+    model, views = train(config, loss), synthetic("cars", 16, 1, 16)
+    x0, poses, source = (torch.cat(part) for part in zip(*seen))
+    assert torch.equal(x0, views.images[:, 0]) and torch.equal(poses, views.poses[:, 0])
+    held_out = load("cars", 16, 1, 16, "test").images
+    assert not any(torch.equal(a, b) for a in held_out for b in views.images)
+    own = [torch.equal(a, b) for a, b in zip(x0, source)]
+    assert own == [True] * 8 + [False, False, True, True] * 2
+    assert model.config.focal == views.focal and not model.training
+    assert model.config.background == pytest.approx(views.background.tolist())
+    torch.manual_seed(0)
+    untaught = RenderDiffusion(model.config).unet.compass.layers[-1].weight
+    assert not torch.equal(untaught, model.unet.compass.layers[-1].weight)
+
+
+def test_one_picture_is_learnt_and_generated(tmp_path):
+    """Over 8 seeds: @@ dB, where the mean colour has 12.0 to 16.2."""
     config = tiny(plane_channels=8, mlp_hidden=32, samples=16, rays=128, steps=100, scenes=1,
                   lr=1e-2, loss="l2", other_side=0.0, out=str(tmp_path))
-    model, truth = train_quietly(monkeypatch, config), synthetic("clevr1", 1, 1, 16)
+    model, truth = train(config), synthetic("clevr1", 1, 1, 16)
     image, pose = truth.images[0] / 2 + 0.5, truth.poses[0]
     colour = image.mean((2, 3), keepdim=True).expand_as(image)
     for shown in (model.render(reconstruct(model, truth.images[0]), pose)[0],
@@ -1735,270 +669,150 @@ def test_one_picture_is_learnt_and_generated(monkeypatch, tmp_path):
         assert psnr(shown / 2 + 0.5, image) > 25 > psnr(colour, image) + 8
 
 
-def test_a_training_begins_with_the_weights_that_it_is_given(monkeypatch, trained, tmp_path):
-    start, seen = load_checkpoint(trained), []
-
-    def loss(model, ema, *rest):
-        seen.append([copy.deepcopy(m.state_dict()) for m in (model, ema)])
-        return rd.denoising_loss(model, ema, *rest)
-    train_quietly(monkeypatch, tiny(init=str(trained), out=str(tmp_path), steps=1), loss=loss)
-    for state in seen[0]:
-        assert all(torch.equal(state[key], value) for key, value in start.state_dict().items())
-    with pytest.raises(ValueError, match="another model"):
-        train(tiny(init=str(trained), out=str(tmp_path), mlp_hidden=32))
-    with pytest.raises(ValueError, match="give one of them"):
-        train(tiny(init=str(trained), out=str(tmp_path), resume=True))
-    weights = tmp_path / "shared.pt"
-    save_checkpoint(weights, load_checkpoint(tmp_path / "clevr1.pt"))
-    assert str(trained).encode() not in weights.read_bytes()       # nobody's folders
-
-
-def test_the_learning_rate_and_the_average_follow_their_formulas(monkeypatch, tmp_path):
-    rates, seen, step = [], [], torch.optim.Adam.step
-
-    def watched(self, *args, **kwargs):
-        rates.append(self.param_groups[0]["lr"])
-        return step(self, *args, **kwargs)
-
-    def loss(model, ema, *_):
-        seen.append([next(m.parameters()).detach().clone() for m in (model, ema)])
-        return sum(weight.square().sum() for weight in model.parameters())
-    monkeypatch.setattr(torch.optim.Adam, "step", watched)
-    train_quietly(monkeypatch, tiny(steps=200, lr=1e-3, ema=0.9, scenes=4, out=str(tmp_path)),
-                  loss=loss)
-    assert rates == pytest.approx([1e-3 * min(1, (k + 1) / 100, max(0.02, (1 - k / 200) / 0.3))
-                                   for k in range(200)])
-    for k, ((_, before), (weight, after)) in enumerate(zip(seen, seen[1:])):
-        kept = min(0.9, (1 + k) / (10 + k))
-        assert torch.allclose(after, kept * before + (1 - kept) * weight, atol=1e-6)
-
-
-def test_every_step_has_new_scenes_and_none_is_held_out(monkeypatch, tmp_path):
-    pictures, config = [], tiny(data="cars", out=str(tmp_path))
-
-    def loss(model, ema, x0, *rest):
-        pictures.append(x0)
-        return rd.denoising_loss(model, ema, x0, *rest)
-    model, views = train_quietly(monkeypatch, config, loss=loss), synthetic("cars", 16, 1, 16)
-    assert torch.equal(torch.cat(pictures), views.images[:, 0])         # of 4 steps of 4
-    unseen = synthetic("cars", 16, 1, 16, seed=rd.HELD_OUT).images
-    assert not any(torch.equal(a, b) for a in unseen for b in views.images)
-    assert model.config.focal == views.focal
-    assert model.config.background == pytest.approx(views.background.tolist())
-    earlier = (tmp_path / "cars.pt").read_bytes()
-    pictures, config.scenes, config.views = [], 3, 2
-    train_quietly(monkeypatch, config, loss=loss)
-    assert (tmp_path / "cars.old.pt").read_bytes() == earlier
-    fixed = synthetic("cars", 3, 2, 16).images.flatten(0, 1)
-    assert all(any(torch.equal(a, b) for b in fixed) for a in torch.cat(pictures))
-
-
-def test_scenes_traced_ahead_are_the_same(monkeypatch):
-    """As on a GPU: several steps' scenes at once, each process its own."""
-    device, config = torch.device("cpu"), tiny()
-    one = [rd.training_pictures(config, device, 0, 1)[0](step) for step in range(6)]
-    monkeypatch.setitem(rd.AHEAD, "cpu", 4)
-    draw = rd.training_pictures(config, device, 0, 1)[0]
-    assert all(map(torch.equal, sum(one, ()), sum((draw(step) for step in range(6)), ())))
-    both = [rd.training_pictures(config, device, rank, 2)[0] for rank in (0, 1)]
-    poses = torch.cat([draw(step)[1] for draw in both for step in range(8)])
-    assert len(poses.flatten(1).unique(dim=0)) == len(poses) == 64
-    assert torch.equal(both[1](5)[0], both[1](5)[0])            # also when it goes back
-
-
-def test_a_compiled_training_is_the_same(monkeypatch, tmp_path):
-    """By the backend that needs no C compiler and no minutes."""
-    monkeypatch.setattr(rd.UNet, "compile", lambda self: torch.nn.Module.compile(
-        self, backend="aot_eager"))
-    one, two = (train_quietly(monkeypatch, tiny(compile=how, out=str(tmp_path / str(how))))
-                for how in (False, True))
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(one.parameters(), two.parameters()))
-
-
-def same(a, b):
-    """Whether two checkpoints' parts are equal, bit for bit."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+def saving_at_each_step(monkeypatch):
+    """A clock that goes on two minutes at each look."""
+    clock = itertools.count(0, 121)
+    monkeypatch.setattr(rd, "time", SimpleNamespace(time=lambda: next(clock)))
 
 
 def test_an_interrupted_training_goes_on_as_if_nothing_had_been(monkeypatch, tmp_path):
-    def interrupted(model, ema, *rest):
-        if len(steps) == 3:
-            signal.raise_signal(signal.SIGINT)                  # what Ctrl-C does
+    """k + k steps equal 2k, bit for bit, in model, average and optimizer; the table has a line for
+    each look, with what `evaluate` says of held-out scenes."""
+    def interrupted(*arguments):
         steps.append(0)
-        return rd.denoising_loss(model, ema, *rest)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return rd.denoising_loss(*arguments)
     config, steps = tiny(steps=6, lr=1e-2, out=str(tmp_path / "a")), []
-    train_quietly(monkeypatch, config)
+    held_out = load("clevr1", 4, 3, 16, "test")
+    monkeypatch.setattr(rd, "test_views", lambda *_: held_out)
+    saving_at_each_step(monkeypatch)
+    train(config)
     config.out = str(tmp_path / "b")
-    train_quietly(monkeypatch, config, loss=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, interrupted)
     half = torch.load(tmp_path / "b" / "clevr1.pt", weights_only=True)
-    config.resume = True
-    train_quietly(monkeypatch, config)
+    train(replace(config, resume=True))
     whole, resumed = (torch.load(tmp_path / x / "clevr1.pt", weights_only=True) for x in "ab")
-    assert (half["step"], whole["step"], resumed["step"]) == (4, 6, 6)
-
-    assert all(same(whole[part], resumed[part]) for part in ("model", "ema", "optimizer"))
-    assert not torch.equal(half["ema"]["unet.stem.weight"], whole["ema"]["unet.stem.weight"])
-
-
-@pytest.mark.parametrize("then", ["ends", "is interrupted"])
-def test_a_loss_that_is_not_finite_stops_and_spoils_nothing(monkeypatch, tmp_path, then):
-    def loss(model, ema, *rest):
-        steps.append(0)
-        if len(steps) == 5 and then == "is interrupted":
-            signal.raise_signal(signal.SIGINT)
-        return rd.denoising_loss(model, ema, *rest) * (math.nan if len(steps) == 4 else 1)
-    config, steps = tiny(steps=6, out=str(tmp_path)), []
-    train_quietly(monkeypatch, config)
-    before = (tmp_path / "clevr1.pt").read_bytes()
-    with pytest.raises(FloatingPointError, match="step 3"):
-        train_quietly(monkeypatch, config, loss=loss)
-    assert before in [path.read_bytes() for path in tmp_path.glob("clevr1*.pt")]
-    for path in tmp_path.glob("clevr1*.pt"):
-        assert all(weight.isfinite().all() for weight in load_checkpoint(path).parameters())
-
-
-@slow
-def test_two_processes_train_the_same_model_as_one(tmp_path):
-    for batch, launch in ((4, ""), (2, "-m torch.distributed.run --nproc_per_node=2")):
-        options = f"--steps 3 --batch {batch} --out {tmp_path / str(batch)}".split()
-        subprocess.run([sys.executable, *launch.split(), HERE / "renderdiffusion.py", "train",
-                        *TRAIN, *options], check=True, capture_output=True, timeout=300)
-    one, two = (load_checkpoint(tmp_path / name / "clevr1.pt").parameters() for name in "42")
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(one, two))
-
-
-@slow
-def test_ctrl_c_in_one_of_two_processes_stops_both_at_the_same_step(tmp_path):
-    """In the third of six. Both end with the same model, though each encodes other sides."""
-    (tmp_path / "run.py").write_text(f"""import os, signal, sys
-sys.path.insert(0, {str(HERE)!r})
-import torch
-import renderdiffusion as rd
-
-def loss(model, ema, x0, poses, progress, rank, world):
-    if rank == 1 and progress >= 2 / 6:
-        signal.raise_signal(signal.SIGINT)
-    return rd.denoising_loss(model, ema, x0, poses, progress, rank, world)
-config = rd.{tiny(steps=6, other_side=0.5, other_side_from=0.0)}
-torch.save(rd.train(config, loss).state_dict(), os.environ["RANK"] + ".pt")
-""")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "run.py"],
-                   check=True, capture_output=True, timeout=120, cwd=tmp_path)
-    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in "01")
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert torch.load(tmp_path / "out" / "clevr1.pt")["step"] == 3
-
-
-@pytest.mark.parametrize("least", ["batch", "rays", "samples", "timesteps", "plane_channels"])
-def test_training_with_one_of_each(monkeypatch, tmp_path, least):
-    one = dict(fine_samples=1, mlp_hidden=1, other_side=1.0, other_side_from=0.0)
-    model = train(tiny(**{**one, least: 1}, steps=2, out=str(tmp_path)))
-    assert all(weight.isfinite().all() for weight in model.parameters())
-    assert model.render(model.encode(torch.zeros(1, 3, 16, 16), 1), PAIR[:1])[0].isfinite().all()
+    assert (half["step"], whole["step"], resumed["step"]) == (3, 6, 6)
+    assert all(same(whole[part], resumed[part]) for part in ("model", "weights", "optimizer"))
+    assert not same(half["weights"], whole["weights"])
+    for out in "ab":
+        head, *lines = (tmp_path / out / "clevr1.csv").read_text().splitlines()
+        rows = np.array([[float(x) for x in line.split(",")] for line in lines])
+        assert head == "step,minutes,loss,input_psnr,novel_psnr"
+        assert rows[:, 0].tolist() == [1, 2, 3, 4, 5, 6] and np.isfinite(rows).all()
+    scores = evaluate(load_checkpoint(tmp_path / "b" / "clevr1.pt"), held_out)
+    assert rows[-1, 3:] == pytest.approx([scores[k]["psnr"] for k in ("input", "novel")], abs=0.01)
 
 
 def test_a_training_by_the_clock_keeps_the_time_it_had_used(monkeypatch, tmp_path):
-    """Six steps of a second, stopped after three for a day; the learning rate goes on too."""
+    """Three steps of a second; then, a day later, on to the sixth."""
     def loss(*arguments):
-        if now[0] == stop_at:
-            signal.raise_signal(signal.SIGINT)
         now[0] += 1
         return rd.denoising_loss(*arguments)
-    now, stop_at, config = [0.0], None, tiny(minutes=0.1, lr=1e-2)
+    now = [0.0]
     monkeypatch.setattr(rd, "time", SimpleNamespace(time=lambda: now[0]))
-    for out, resume, stop_at in (("a", False, None), ("b", False, 9.0), ("b", True, None)):
-        config = replace(config, out=str(tmp_path / out), resume=resume)
-        train_quietly(monkeypatch, config, loss=loss)
-        now[0] += 86400 if stop_at else 0
-    whole, resumed = (torch.load(tmp_path / x / "clevr1.pt", weights_only=True) for x in "ab")
-    assert (whole["step"], whole["seconds"]) == (6, 6.0)
-    assert all(same(whole[part], resumed[part])
-               for part in ("model", "ema", "optimizer", "step", "seconds"))
+    for minutes, resume, steps in (0.05, False, 3), (0.1, True, 6):
+        train(tiny(minutes=minutes, resume=resume, out=str(tmp_path)), loss)
+        state = torch.load(tmp_path / "clevr1.pt", weights_only=True)
+        assert (state["step"], state["seconds"]) == (steps, steps)
+        now[0] += 86400
 
 
-@pytest.mark.parametrize("moment", ["step", "zero_grad"])
-def test_ctrl_c_in_the_middle_of_a_step_loses_and_repeats_nothing(monkeypatch, tmp_path, moment):
-    """It comes between the weights' update and their average's; the step is finished first."""
-    def interrupting(self, *arguments, **options):
-        calls.append(0)
-        given = call(self, *arguments, **options)
-        if len(calls) == 3:
-            signal.raise_signal(signal.SIGINT)
-        return given
-    config = tiny(steps=6, lr=1e-2, out=str(tmp_path / "a"))
-    call = getattr(torch.optim.Adam, moment)
-    train_quietly(monkeypatch, config)
-    calls, config.out = [], str(tmp_path / "b")
-    monkeypatch.setattr(torch.optim.Adam, moment, interrupting)
-    train_quietly(monkeypatch, config)
-    assert len(calls) == 3
-    config.resume = True
-    train_quietly(monkeypatch, config)
-    whole, resumed = (torch.load(tmp_path / x / "clevr1.pt", weights_only=True) for x in "ab")
-    assert all(same(whole[part], resumed[part]) for part in ("model", "ema", "optimizer", "step"))
+@pytest.mark.parametrize("at_each_step", [True, False])
+def test_a_loss_that_is_not_finite_stops_and_spoils_nothing(monkeypatch, tmp_path, at_each_step):
+    """It says so at the next look, in a sentence with the step; no checkpoint holds it."""
+    def loss(*arguments):
+        steps.append(0)
+        return rd.denoising_loss(*arguments) * (math.nan if len(steps) == 3 else 1)
+    steps = []
+    if at_each_step:
+        saving_at_each_step(monkeypatch)
+    with pytest.raises(FloatingPointError, match=f"step {3 if at_each_step else 4}.*--lr"):
+        train(tiny(out=str(tmp_path)), loss)
+    kept = load_checkpoint(tmp_path / "clevr1.pt")
+    kept.mlp.layers[0].bias[0] = math.nan
+    with pytest.raises(FloatingPointError, match="--lr"):
+        save_checkpoint(tmp_path / "nan.pt", kept)
+    assert not (tmp_path / "nan.pt").exists()
 
 
-KILLING = """
-import itertools, os, random, signal, sys, time
-from types import SimpleNamespace
-import torch
-torch.set_num_threads(1)
-import renderdiffusion as rd
-from test_renderdiffusion import tiny
-clock = itertools.count(0, 121)                     # two minutes a look: it saves after each step
-rd.time = SimpleNamespace(time=lambda: next(clock))
-rd.health = lambda *_: ""
-out, last, moment = sys.argv[1], 0, random.Random(0)
-path = out + "/clevr1.pt"
-for k in range(20):
-    child = os.fork()
-    if not child:
-        sys.stdout = open(os.devnull, "w")
-        rd.train(tiny(steps=10 ** 6, out=out, resume=k > 0))
-        os._exit(1)
-    limit = time.monotonic() + 60
-    while os.stat(path).st_mtime_ns == saved if k else not os.path.exists(path):
-        time.sleep(0.01)                            # it has saved once; then at any moment
-        assert time.monotonic() < limit, "it saves nothing"
-    time.sleep(moment.uniform(0, 0.3))
-    os.kill(child, signal.SIGKILL)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "it ended by itself"
-    rd.load_checkpoint(path)
-    step, saved = torch.load(path, weights_only=True)["step"], os.stat(path).st_mtime_ns
-    assert step >= last, (step, last)
-    last = step
-print(last)
-"""
+def test_training_works_in_a_thread_and_goes_on_without_its_picture(tmp_path, capsys):
+    """Where samples cannot be written it warns; and no signal is caught, which only the main thread
+    may do."""
+    (tmp_path / "clevr1.png").mkdir()
+    done = []
+    thread = threading.Thread(target=lambda: done.append(train(tiny(out=str(tmp_path)))))
+    thread.start()
+    thread.join()
+    assert done and load_checkpoint(tmp_path / "clevr1.pt").config == done[0].config
+    said = capsys.readouterr().err
+    assert re.search(r"warning: .*clevr1\.png", said) and "Traceback" not in said
 
 
 @slow
-def test_a_training_killed_at_twenty_random_moments_leaves_a_whole_checkpoint(tmp_path):
-    """Each goes on from where the one before was killed; forks of one process, to be quick."""
-    done = subprocess.run([sys.executable, "-c", KILLING, str(tmp_path)], capture_output=True,
-                          text=True, timeout=300, cwd=HERE)
-    assert done.returncode == 0 and int(done.stdout) > 2, done.stderr
+def test_a_compiled_training_is_the_same(monkeypatch, tmp_path):
+    """By the backend that needs no C compiler and no minutes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    one, two = (train(tiny(compile=how, out=str(tmp_path / str(how)))) for how in (False, True))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(one.parameters(), two.parameters()))
 
 
 @slow
-@pytest.mark.parametrize("seed", range(10))
-def test_training_starts_well_from_every_seed(monkeypatch, tmp_path, seed):
-    """After 120 steps held-out objects show, and the ground round them less."""
-    config = tiny(seed=seed, scenes=100, steps=120, lr=3e-3, samples=12, out=str(tmp_path))
-    model, views = train_quietly(monkeypatch, config), synthetic("clevr1", 16, 2, 16, rd.HELD_OUT)
-    opacity = model.render(model.encode(views.images[:, 0], 0), views.poses[:, 1])[2]
-    is_object = (views.images[:, 1] - 0.5).abs().amax(1) > 0.1
-    assert opacity[is_object].mean() > 0.3 and opacity[~is_object].mean() < 0.5
-    assert opacity[is_object].mean() > 1.5 * opacity[~is_object].mean()
+@pytest.mark.parametrize("late", "01")
+def test_two_processes_train_the_same_model_as_one_and_overwrite_nothing(tmp_path, late):
+    """Each with half of the batch, where the loss draws nothing. One that comes late does not take
+    the first save of its own training for another's; what is there afterwards is not lost."""
+    (tmp_path / "run.py").write_text(f"""
+import os, sys, time
+sys.path.insert(0, {str(HERE)!r})
+import torch, renderdiffusion as rd
+rank, world = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", 1))
+time.sleep(3 * (rank == "{late}" and world == 2))
+config = rd.{tiny(fold=0, other_side=0.0)}
+config.batch, config.out = 4 // world, f"out{{world}}"
+def loss(model, x0, poses, source):
+    return (model(x0, torch.zeros(len(x0)), poses) - x0).square().mean()
+torch.save(rd.train(config, loss).state_dict(), f"{{world}}_{{rank}}.pt")
+""")
+    two = "-m torch.distributed.run --nproc_per_node=2".split()
+    ends = [subprocess.run([sys.executable, *how, "run.py"], cwd=tmp_path, timeout=300,
+                           capture_output=True, text=True) for how in ([], two)]
+    assert [end.returncode for end in ends] == [0, 0], ends[1].stderr
+    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "2_0", "2_1"))
+    assert same(dict(first), dict(second))
+    assert all(torch.allclose(one[name], first[name], atol=1e-4) for name in one)
+    before = (tmp_path / "out2" / "clevr1.pt").read_bytes()
+    again = subprocess.run([sys.executable, *two, "run.py"], cwd=tmp_path, timeout=300,
+                           capture_output=True, text=True)
+    assert again.returncode and "out2/clevr1.pt is there: go on with it by --resume" in again.stderr
+    assert (tmp_path / "out2" / "clevr1.pt").read_bytes() == before
 
 
 # Sampling ---------------------------------------------------------------------------------------
 
+def test_levels_rise_and_share_log_snr_evenly():
+    """From 0 to the top, all of them where steps are as many; nearly even in log(SNR) between."""
+    for T, kind, top in ((1000, "linear", 300), (50, "cosine", 40), (7, "cosine", None)):
+        schedule, end = NoiseSchedule(T, kind), top or T
+        for steps in range(1, end + 1):
+            levels = noise_levels(schedule, steps, top)
+            assert len(levels) == steps + 1 and levels[0] == 0 and levels[-1] == end
+            assert levels == sorted(set(levels))
+        assert levels == list(range(end + 1))
+        for steps in (0, end + 1):
+            with pytest.raises(ValueError, match=f"from 1 to {end}, not {steps}"):
+                noise_levels(schedule, steps, top)
+    schedule = NoiseSchedule(100_000)
+    log_snr = schedule.alpha_bar[noise_levels(schedule, 20)[1:-1]].logit()
+    assert log_snr.diff().mean() < -0.5 and log_snr.diff().std() < 0.03
+    assert log_snr[0] > 6 and log_snr[-1] < -7              # and far into both ends
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_samples_have_the_distribution_of_the_data(eta):
+    """With the exact denoiser of a small world: its mean grey, spread and grain."""
     model = Greys()
     images, _ = generate(model, PAIR[:1].expand(400, 4, 4), steps=200, eta=eta)
     grey = images.mean((1, 2, 3))
@@ -2006,22 +820,6 @@ def test_samples_have_the_distribution_of_the_data(eta):
     assert grey.std().item() == pytest.approx(Greys.spread, rel=0.1)
     assert (images - grey.view(-1, 1, 1, 1)).std().item() == pytest.approx(Greys.grain, rel=0.1)
     assert len(model.levels()) == 200 and model.levels()[0] == 1000
-
-
-def test_levels_rise_and_share_log_snr_evenly():
-    for T, kind, top in ((1000, "cosine", None), (1000, "linear", 300), (50, "cosine", 40),
-                         (7, "cosine", 1)):
-        schedule, end = NoiseSchedule(T, kind), top or T
-        for steps in range(1, end + 1):
-            levels = noise_levels(schedule, steps, top)
-            assert len(levels) == steps + 1 and levels[0] == 0 and levels[-1] == end
-            assert levels == sorted(set(levels))
-        for steps in (0, end + 1):
-            with pytest.raises(ValueError, match=f"from 1 to {end}, not {steps}"):
-                noise_levels(schedule, steps, top)
-    schedule = NoiseSchedule(100_000)
-    gaps = schedule.alpha_bar[noise_levels(schedule, 20)[1:-1]].logit().diff()
-    assert gaps.mean() < -0.5 and gaps.std() < 0.05 * gaps.mean().abs()
 
 
 def test_without_fresh_noise_sampling_follows_the_flow():
@@ -2050,36 +848,31 @@ def test_without_fresh_noise_sampling_follows_the_flow():
     assert error(20, first_order=True) > 10 * errors[1]
 
 
-def test_sampling_can_be_watched():
+def test_a_seed_is_a_picture_and_every_step_can_be_watched():
+    """The last step adds no noise: what is returned is what the planes show, with fine samples."""
     model, frames = tiny_model(), []
-    x_T, levels = torch.randn(2, 3, 16, 16), noise_levels(tiny_model().schedule, 4)
-    images, _ = rd.denoise(model, x_T, PAIR, levels, 0, torch.Generator(),
-                           watch=lambda *frame: frames.append(frame))
-    times, x_t, x0_hat, depth = zip(*frames)
-    assert list(times) == levels[:0:-1] and torch.equal(x_t[0], x_T)
-    assert torch.equal(x0_hat[-1], images) and all(d.shape == (2, 16, 16) for d in depth)
-    for t, x, guess in zip(times[:-1], x_t, x0_hat):
-        shown = model.render(model.encode(x, t), PAIR, fine=False)[0].clamp(-1, 1)
-        assert torch.allclose(shown, guess, atol=1e-6)
-
-
-def test_a_seed_is_a_picture_and_the_last_step_adds_no_noise():
-    model = tiny_model()
     (first, planes), (again, _), (other, _), (ddim, _) = (
         generate(model, PAIR, 3, eta, seed) for eta, seed in ((1, 4), (1, 4), (1, 5), (0, 4)))
     assert torch.equal(first, again)
     assert not any(torch.allclose(first, x, atol=1e-3) for x in (other, ddim))
     assert torch.allclose(first, model.render(planes, PAIR)[0].clamp(-1, 1), atol=1e-6)
+    x_T, levels = torch.randn(2, 3, 16, 16), noise_levels(model.schedule, 4)
+    images, _ = rd.denoise(model, x_T, PAIR, levels, 0, torch.Generator(),
+                           watch=lambda *frame: frames.append(frame))
+    times, x_t, x0_hat, depth = zip(*frames)
+    assert list(times) == levels[:0:-1] and torch.equal(x_t[0], x_T)
+    assert torch.equal(x0_hat[-1], images) and all(d.shape == (2, 16, 16) for d in depth)
 
 
 # Reconstruction ---------------------------------------------------------------------------------
 
 def test_reconstruction_keeps_the_less_the_more_noise():
+    """At t_r = 0 it is the encoder; at T the picture is forgotten; 50 steps for all of T."""
     model, images = tiny_model(), torch.rand(2, 3, 16, 16) * 2 - 1
     assert torch.equal(reconstruct(model, images), model.encode(images, 0))
-    assert torch.equal(reconstruct(model, images, PAIR, t_r=0, seed=7), model.encode(images, 0))
+    assert torch.equal(reconstruct(model, images, PAIR, t_r=0.0, seed=7), model.encode(images, 0))
     kept, greys = [], torch.linspace(-0.8, 0.8, 100).view(-1, 1, 1, 1)
-    for t_r, steps, calls in ((40, None, 2), (300, None, 15), (900, 45, 45), (1000, 50, 50)):
+    for t_r, steps, calls in ((40, None, 2), (300, None, 15), (900, 45, 45), (1000, None, 50)):
         model = Greys()
         planes = reconstruct(model, greys.expand(100, 3, 16, 16), PAIR[:1].expand(100, 4, 4), t_r,
                              steps)
@@ -2089,24 +882,23 @@ def test_reconstruction_keeps_the_less_the_more_noise():
     assert kept[0] > 0.999 > kept[2] > kept[3] and abs(kept[3]) < 0.3
 
 
-def test_the_camera_is_found_where_the_planes_are_right():
+@pytest.mark.parametrize("elevation", [(20.0, 50.0), (0.0, 90.0)])
+def test_the_camera_is_found_where_the_planes_are_right(elevation):
+    """Within degrees, in a wide range of elevations, too; what a mask hides counts for nothing."""
     def field(p, features):                             # three balls, no two alike
         balls = torch.tensor([[0.4, 0.1, -0.2], [-0.3, 0.4, 0.0], [-0.1, -0.5, 0.3]])
-        inside = (p[..., None, :] - balls).norm(dim=-1) < 0.3                  # (B, P, 3)
-        return 30.0 * inside.any(-1), inside.float()
-    model = tiny_model(samples=24)
+        inside = torch.sigmoid(15 * (0.35 - (p[..., None, :] - balls).norm(dim=-1)))   # (B, P, 3)
+        return 20.0 * inside.amax(-1), inside
+    (low, high), share = elevation, torch.tensor([0.0, 0.15, 0.43, 0.57])
+    model = tiny_model(samples=24, elevation=elevation)
     model.mlp.forward = field
-    azimuth, elevation = torch.tensor([-170.0, 3, 77, 250]), torch.tensor([20.0, 33, 48, 40])
-    poses, masks = orbit(azimuth, elevation, model.config.radius), torch.ones(4, 1, 16, 16)
-    images, masks[..., 10:] = model.render(torch.zeros(4, 3, 4, 16, 16), poses)[0], 0
-    spoilt = torch.where(masks > 0, images, images.flip(-1))
-    found, hidden = rd.find_poses(model, images), rd.find_poses(model, spoilt, masks)
-    for found in (found, hidden):
-        cosine = (found[:, :3, 2] * poses[:, :3, 2]).sum(-1)
-        assert torch.rad2deg(cosine.clamp(max=1).acos()).max() < 5
-    masks[..., 9:] = 0                  # from an odd pixel on: what is hidden counts for nothing
-    assert torch.equal(*(rd.find_poses(model, some, masks) for some in (
-        images, torch.where(masks > 0, images, 1.0))))
+    poses = orbit(torch.arange(4) * 91.0 - 170, low + share * (high - low), model.config.radius)
+    images, masks = model.render(torch.zeros(4, 3, 4, 16, 16), poses)[0], torch.ones(4, 1, 16, 16)
+    masks[..., 11:] = 0
+    hidden = find_poses(model, torch.where(masks > 0, images, images.flip(-1)), masks)
+    for estimate, degrees in (find_poses(model, images), 2), (hidden, 6):
+        cosine = (estimate[:, :3, 2] * poses[:, :3, 2]).sum(-1)
+        assert torch.rad2deg(cosine.clamp(max=1).acos()).max() < degrees
 
 
 # Inpainting -------------------------------------------------------------------------------------
@@ -2115,6 +907,7 @@ def test_the_camera_is_found_where_the_planes_are_right():
     ((250, 10, 10), 4571, 2410, 2160), ((250, 10, 1), 251, 250, 0), ((20, 5, 2), 51, 35, 15),
     ((100, 10, 10), 1721, 910, 810), ((50, 5, 5), 411, 230, 180), ((3, 10, 10), 4, 3, 0)])
 def test_repaint_schedule_has_the_originals_numbers(arguments, length, down, up):
+    """Of its released code: how long the walk is, its moves, and how far it jumps."""
     steps, jump_length, _ = arguments
     indices = repaint_schedule(*arguments)
     moves = np.diff(indices)
@@ -2125,6 +918,7 @@ def test_repaint_schedule_has_the_originals_numbers(arguments, length, down, up)
 
 
 def test_inpainting_keeps_the_known_pixels_and_encodes_them():
+    """Exactly; what the mask hides has no influence; another seed fills otherwise."""
     images, masks, model = torch.rand(2, 3, 16, 16) * 2 - 1, torch.ones(2, 1, 16, 16), tiny_model()
     masks[0, :, 5:11, 5:11], masks[1, :, :, 8:] = 0, 0
     known, settings = masks.bool().expand_as(images), dict(steps=6, jump_length=2, jump_n_sample=2)
@@ -2133,12 +927,16 @@ def test_inpainting_keeps_the_known_pixels_and_encodes_them():
     assert torch.equal(planes, model.encode(filled, 0))
     again, other = (inpaint(model, images * masks, masks, PAIR, seed=seed, **settings)[0]
                     for seed in (0, 1))
-    assert torch.equal(again, filled)                   # what the mask hides has no influence
+    assert torch.equal(again, filled)
     assert not torch.allclose(other[~known], filled[~known], atol=1e-3)
-    assert torch.equal(inpaint(model, images, torch.ones_like(masks), PAIR, **settings)[0], images)
+    plain, guided = (inpaint(model, images, masks, PAIR, 1, guidance=g)[0] for g in (0.0, 1e3))
+    assert torch.equal(plain, guided)           # guidance is for what is asked again
+    plain, guided = (inpaint(model, images, masks, PAIR, 2, guidance=g)[0] for g in (0.0, 1e3))
+    assert not torch.equal(plain, guided)
 
 
 def test_inpainting_continues_what_is_known_and_follows_repaint():
+    """In the exact denoiser's world: the known pixels at the level of x_t, whatever the jumps."""
     generator = torch.Generator().manual_seed(3)
     grey = Greys.mean + Greys.spread * torch.randn(60, 1, 1, 1, generator=generator)
     images = grey + Greys.grain * torch.randn(60, 3, 16, 16, generator=generator)
@@ -2153,7 +951,7 @@ def test_inpainting_continues_what_is_known_and_follows_repaint():
     walk, levels = repaint_schedule(20, 5, 3), noise_levels(model.schedule, 20)
     downs = [levels[i + 1] for i, j in zip(walk, walk[1:]) if j < i]
     assert [t for t, _ in model.asked] == [*downs, 0]
-    for t, x_t in model.asked[:-1]:         # the known pixels are theirs at the level of x_t
+    for t, x_t in model.asked[:-1]:
         kept = float(model.schedule.alpha_bar[t])
         noise = ((x_t - kept ** 0.5 * images) / (1 - kept) ** 0.5)[..., :9]
         assert noise.std().item() == pytest.approx(1, abs=0.03) and abs(noise.mean()) < 0.02
@@ -2164,20 +962,80 @@ def test_inpainting_continues_what_is_known_and_follows_repaint():
 BLACK = torch.zeros(2, 3, 16, 16)
 REFUSED = [     # a call, and the word that its sentence must have
     *((lambda s=s: generate(Greys(), PAIR, steps=s), "steps") for s in (0, -1, 1001)),
-    *((lambda t=t: reconstruct(Greys(), BLACK, PAIR, t_r=t), "t_r") for t in (-1, 1001, math.nan)),
+    *((lambda t=t: reconstruct(Greys(), BLACK, PAIR, t_r=t), "t_r") for t in (
+        -1, 1001, 0.5, math.nan)),
     *((lambda s=s: reconstruct(Greys(), BLACK, PAIR, 500, s), "steps") for s in (0, -1, 501)),
-    *((lambda s=s: inpaint(Greys(), BLACK, torch.ones(s), PAIR), "mask") for s in (
+    *((lambda s=s: inpaint(Greys(), BLACK, torch.ones(s), PAIR), "masks must be") for s in (
         (1, 16, 16), (2, 3, 16, 16), (2, 1, 8, 8), (1, 1, 16, 16))),
+    *((lambda v=v: inpaint(Greys(), BLACK, torch.full((2, 1, 16, 16), v), PAIR), "hide a part")
+      for v in (0.0, 1.0)),
     *((lambda s=s: repaint_schedule(*s), "at least 1") for s in ((0, 5, 5), (9, 0, 5), (9, 5, 0))),
-    (lambda: tiny_model().encode(torch.zeros(1, 3, 32, 32), 0), "16"),
-    (lambda: NoiseSchedule(0), "timesteps"), (lambda: NoiseSchedule(10, "square"), "schedule"),
+    (lambda: NoiseSchedule(0), "at least 1 step"), (lambda: NoiseSchedule(9, "square"), "square"),
     (lambda: evaluate(tiny_model(), synthetic("clevr1", 2, 1, 16)), "2 views")]
 
 
 @pytest.mark.parametrize("call, word", REFUSED)
 def test_what_cannot_be_done_is_refused(call, word):
+    """From Python, too: a ValueError that says what is wrong."""
     with pytest.raises(ValueError, match=word):
         call()
+
+
+# Beyond the paper -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("fold", [1, 4, 7])
+def test_the_encoder_is_told_fold_times_the_azimuth(fold):
+    """And the length to that power, so an unsure estimate counts for less."""
+    angle, length = torch.linspace(-3, 3, 13), torch.linspace(0.5, 1, 13)
+    compass, told = rd.Compass(tiny(fold=fold)), []
+    compass.turn.register_forward_hook(lambda module, args, out: told.append(args[0]))
+    compass.forward = lambda x: length[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
+    compass.embed(torch.zeros(13, 3, 16, 16))
+    times = torch.stack([(fold * angle).cos(), (fold * angle).sin()], dim=1)
+    assert torch.allclose(told[0], length[:, None] ** fold * times, atol=1e-5)
+
+
+def test_the_compass_is_bent_by_no_pictures_error_and_leaves_no_state():
+    """A model is copied after any forward; without `fold` it has no compass."""
+    model, x_t = tiny_model().requires_grad_(True), torch.randn(1, 3, 16, 16)
+    for pixels in (None, torch.arange(9)[None]):
+        model.train()(x_t, 100, PAIR[:1], pixels).square().mean().backward()
+        assert same(dict(copy.deepcopy(model).state_dict()), dict(model.state_dict()))
+    for name, weight in model.unet.compass.named_parameters():
+        assert (weight.grad is None) != name.startswith("turn.")
+    assert tiny_model(fold=0).unet.compass is None
+
+
+@pytest.mark.parametrize("off", [0.0, 0.3])
+def test_the_compass_is_taught_the_azimuth_of_pictures_at_all_noise_levels(off):
+    """A tenth of the squared error of its cosine and sine."""
+    azimuth, pictures, seen = torch.arange(10) * 36.0, torch.rand(10, 3, 16, 16), []
+    truth = torch.stack([azimuth.deg2rad().cos(), azimuth.deg2rad().sin()], dim=1)
+
+    class Stand:
+        config, schedule = tiny(clean_share=0.5, timesteps=7), NoiseSchedule(7)
+
+        def __call__(self, x_t):
+            seen.append(x_t)
+            return truth + torch.tensor([off, 0.0])
+    loss = rd.compass_loss(Stand(), pictures, orbit(azimuth, 30, 5.0))
+    assert loss.item() == pytest.approx(0.1 * off ** 2 / 2, abs=1e-6)
+    assert sum(torch.equal(a, b) for a, b in zip(seen[0], pictures)) == 5
+
+
+@pytest.mark.parametrize("share, n", [(0.0, 0), (0.4, 3), (1.0, 8)])
+def test_another_side_is_what_the_average_shows_from_the_next_pictures_camera(share, n):
+    """In its share of the batch; the others, and what was given, stay as they are."""
+    ema = tiny_model(other_side=share)
+    x0, poses = torch.rand(8, 3, 16, 16) * 2 - 1, orbit(torch.arange(8) * 45.0, 30, 2.7)
+    before = x0.clone(), poses.clone()
+    source, seen_from = rd.from_another_side(ema, x0, poses)
+    assert torch.equal(x0, before[0]) and torch.equal(poses, before[1])
+    assert torch.equal(source[n:], x0[n:]) and torch.equal(seen_from[n:], poses[n:])
+    for i in range(n):
+        shown = ema.render(ema.encode(x0[i:i + 1], 0), poses[i - 1])[0]
+        assert torch.allclose(source[i:i + 1], shown, atol=1e-5)
+        assert torch.equal(seen_from[i], poses[i - 1])
 
 
 # Evaluation -------------------------------------------------------------------------------------
@@ -2200,18 +1058,11 @@ def plain_ssim(a, b):
     return float(np.mean(values))
 
 
-def test_psnr_and_ssim_agree_with_plain_loops():
-    a = synthetic("clevr1", 3, 1, 16).images[:, 0] / 2 + 0.5
-    b = (a + 0.2 * torch.randn(a.shape)).clamp(0, 1)
-    assert psnr(a, b).tolist() == pytest.approx([plain_psnr(x, y) for x, y in zip(a, b)], abs=1e-3)
-    assert ssim(a, b).tolist() == pytest.approx([plain_ssim(x, y) for x, y in zip(a, b)], abs=1e-4)
-    assert torch.allclose(ssim(a, a), torch.ones(3)) and psnr(a, a).isfinite().all()
-
-
-def test_evaluation_is_what_its_keys_say():
-    model, views = tiny_model(), synthetic("clevr1", 18, 3, 16, seed=rd.HELD_OUT)   # two batches
+def test_evaluation_is_what_its_keys_say_by_plain_loops():
+    """PSNR and SSIM of view 0 and of the others, and of what needs no 3D, in [0, 1]."""
+    model, views = tiny_model(), load("clevr1", 10, 3, 16, "test")             # two batches
     unit, expected = (views.images + 1) / 2, {}
-    for i, v in np.ndindex(18, 3):
+    for i, v in np.ndindex(10, 3):
         planes = model.encode(views.images[i, :1], 0)
         shown = model.render(planes, views.poses[i, v][None])[0][0] / 2 + 0.5
         guesses = {"input": shown} if v == 0 else {
@@ -2224,17 +1075,21 @@ def test_evaluation_is_what_its_keys_say():
     assert scores.keys() == expected.keys() and json.loads(json.dumps(scores)) == scores
     for key, values in expected.items():
         pair = scores[key]["psnr"], scores[key]["ssim"]
-        assert pair == pytest.approx(tuple(np.mean(values, axis=0)), abs=2e-3)
+        assert pair == pytest.approx(tuple(np.mean(values, axis=0)), abs=1e-3)
+    assert torch.allclose(ssim(unit[0], unit[0]), torch.ones(3))
+    assert psnr(unit[0], unit[0]).isfinite().all()
+    assert rd.to_unit(torch.tensor([-2.0, -1, 0, 1, 2])).tolist() == [0, 0, 0.5, 1, 1]
 
 
 # Checkpoints ------------------------------------------------------------------------------------
 
-def test_save_load_sample_gives_the_same_picture(monkeypatch, tmp_path):
-    model = train_quietly(monkeypatch, tiny(steps=2, out=str(tmp_path)))
-    save_checkpoint(tmp_path / "small.pt", model)               # half precision, to share
+def test_save_load_sample_gives_the_same_picture(tmp_path):
+    """Bit for bit in full, by 40 dB in half precision, which takes a quarter of the file."""
+    model = train(tiny(steps=2, out=str(tmp_path)))
+    save_checkpoint(tmp_path / "small.pt", model)
     full, small = (load_checkpoint(tmp_path / name) for name in ("clevr1.pt", "small.pt"))
-    (images, _), (same, _), (close, _) = (generate(m, PAIR, steps=3) for m in (model, full, small))
-    assert torch.equal(images, same) and psnr(close / 2 + 0.5, images / 2 + 0.5).min() > 40
+    (images, _), (copied, _), (close, _) = (generate(m, PAIR, 3) for m in (model, full, small))
+    assert torch.equal(images, copied) and psnr(close / 2 + 0.5, images / 2 + 0.5).min() > 40
     assert full.config == model.config and not full.training
     assert small.config == replace(model.config, device="auto", out="out")     # not this machine's
     for half, weight in zip(small.parameters(), full.parameters()):
@@ -2253,161 +1108,156 @@ class Hostile:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_spoilt_foreign_and_hostile_checkpoints_are_refused(trained, tmp_path):
+    """In one line with the file's name; nothing in them is run; version 1 is named."""
     state, whole = torch.load(trained, weights_only=True), trained.read_bytes()
-    config, evil = state["config"], {**state, "config": Hostile(tmp_path / "ran")}
-    files = {
-        "empty": b"", "text": b"not a checkpoint\n" * 99, "start": whole[:200],
-        "half": whole[:len(whole) // 2], "nearly": whole[:-30], "pickle": pickle.dumps(evil),
-        "hostile": evil, "list": [1, 2, 3], "weights": state["ema"],
-        "version": {**state, "version": 99}, "no_weights": {**state, "ema": {}},
-        "no_config": {k: v for k, v in state.items() if k != "config"},
-        "field": {**state, "config": {**config, "colour": 1}},
-        "bad_field": {**state, "config": {**config, "resolution": 33}},
-        "nan_field": {**state, "config": {**config, "focal": math.nan}},
-        "other_size": {**state, "config": {**config, "unet_channels": 32}},
-        "config_list": {**state, "config": [1, 2]}, "weights_list": {**state, "ema": [3]}}
-    for name, content in files.items():
-        path = tmp_path / f"{name}.pt"
-        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-        with pytest.raises(ValueError, match=rf"\A.*\b{name}\.pt.*\Z"):        # one line
-            load_checkpoint(path)
-    assert not (tmp_path / "ran").exists()
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        load_checkpoint(tmp_path / "nowhere.pt")
-
-
-def test_a_failed_save_leaves_the_earlier_file(monkeypatch, trained, tmp_path):
-    def save(state, file):
-        file.write(b"half of it")
-        raise OSError("no space left on device")
-    path = tmp_path / "model.pt"
-    path.write_text("earlier")
-    monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(OSError, match="space"):
-        save_checkpoint(path, load_checkpoint(trained))
-    assert path.read_text() == "earlier" and list(tmp_path.iterdir()) == [path]
-
-
-@contextmanager
-def full_disk(most=3000):
-    """No file grows beyond so many bytes: the kernel refuses to write, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def refused(arguments, capsys):
-    """The one sentence that a command ends with, and exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        rd.main(arguments)
-    said = capsys.readouterr().err.strip().split("\n")
-    assert stop.value.code == 2 and len(said) == 1 and said[0].startswith("error: "), said
-    return said[0]
-
-
-@pytest.mark.parametrize("line", [
-    "train", "train --resume --steps 6", "generate --count 1 --steps 1", "inpaint --steps 1"])
-def test_a_full_disk_costs_no_earlier_file(line, desk, capsys):
-    before, (command, *rest) = contents(desk), line.split()
-    with full_disk():
-        said = refused([command, *(TRAIN if command == "train" else ["--checkpoint", "tiny.pt"]),
-                        *rest], capsys)
-    assert "large" in said or "space" in said
-    after = contents(desk)
-    assert sorted(before.values()) == sorted(after.values())
-    moved = {desk / "out" / "clevr1.old.pt"} if line == "train" else set()
-    assert after.keys() - before.keys() == moved
-
-
-@pytest.mark.parametrize("line", [f"{c} --out {out}" for c in ("train", "generate --steps 1")
-                                  for out in ("/proc/none", "photo.png/in", "loop.png")])
-def test_a_folder_that_cannot_be_written_is_named(line, desk, capsys):
-    (desk / "loop.png").symlink_to("loop.png")
-    before, (command, *rest) = contents(desk), line.split()
-    said = refused([command, *(TRAIN if command == "train" else ["--checkpoint", "tiny.pt"]),
-                    *rest], capsys)
-    assert line.split()[-1].split("/")[-1] in said and contents(desk) == before
-
-
-GONE = object()
-UNFIT = {       # a part of the checkpoint that a training would go on from, and what it is instead
-    "version": 99, "optimizer": [3], "optimizer.state": {0: True}, "optimizer.param_groups": [[]],
-    "step": GONE, "seconds": math.nan, "model": {}, "ema": GONE, "config": GONE,
-    "config.data": GONE, "config.focal": GONE, "config.colour": 3, "config.elevation": (None, None),
-    "config.unet_channels": 1024, "config.background": ("a", "b", "c"),
-    "ema.unet.stem.weight": torch.full((16, 3, 4, 4), math.nan),
-    "model.mlp.layers.0.weight": torch.zeros(1).expand(2 ** 20, 2 ** 20)}
-
-
-@pytest.mark.parametrize("where", UNFIT)
-def test_a_training_does_not_go_on_from_what_does_not_fit(where, desk, capsys):
-    path = desk / "out" / "clevr1.pt"
-    state = part = torch.load(path, weights_only=True)
-    top, _, key = where.partition(".")
-    part, key = (state[top], key) if key else (state, top)
-    part[key] = UNFIT[where]
-    if UNFIT[where] is GONE:
-        del part[key]
-    torch.save(state, path)
-    before = contents(desk)
-    assert "clevr1.pt" in refused(["train", *TRAIN, "--resume", "--steps", "6"], capsys)
-    assert contents(desk) == before
-
-
-@pytest.mark.parametrize("spoil", [lambda x: x.to_sparse(), lambda x: x[..., None], lambda x: 3])
-def test_a_spoilt_optimizer_is_not_gone_on_with(spoil, desk, capsys):
-    path = desk / "out" / "clevr1.pt"
-    state = torch.load(path, weights_only=True)
-    kept = state["optimizer"]["state"][0]
-    kept["exp_avg"] = spoil(kept["exp_avg"])
-    torch.save(state, path)
-    before = contents(desk)
-    assert "clevr1.pt" in refused(["train", *TRAIN, "--resume", "--steps", "6"], capsys)
-    assert contents(desk) == before
-
-
-def test_a_flipped_bit_in_the_weights_is_noticed(trained, tmp_path):
-    """torch.load does not look at the archive's check sums."""
-    whole = trained.read_bytes()
+    weights, config = state["weights"], state["config"]
     with ZipFile(trained) as archive:
         largest = max(archive.infolist(), key=lambda part: part.file_size)
     flipped = bytearray(whole)
     flipped[largest.header_offset + 64 + largest.file_size // 2] ^= 64
-    (tmp_path / "flipped.pt").write_bytes(flipped)
-    with pytest.raises(ValueError, match="flipped.pt"):
-        load_checkpoint(tmp_path / "flipped.pt")
+    evil, path = {**state, "config": Hostile(tmp_path / "ran")}, tmp_path / "odd.pt"
+    files = [b"", b"not a checkpoint\n" * 99, whole[:200], whole[:len(whole) // 2], whole[:-30],
+             bytes(flipped), pickle.dumps(evil), evil, [1, 2, 3], weights,
+             *(state | change for change in (
+                 dict(version=1), dict(weights={}), dict(weights=[3]), dict(config=[1, 2]),
+                 dict(weights={k: v * math.nan for k, v in weights.items()}))),
+             *(state | dict(config=config | change) for change in (
+                 dict(colour=1), dict(resolution=33), dict(focal=math.nan),
+                 dict(unet_channels=1024)))]
+    for content in files:
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        words = "format is 1" if isinstance(content, dict) and content.get("version") == 1 else ""
+        with pytest.raises(ValueError, match=rf"\A.*\bodd\.pt.*{words}.*\Z"):
+            load_checkpoint(path)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(FileNotFoundError, match="nowhere.*one: .*cars"):
+        load_checkpoint(tmp_path / "nowhere.pt")
+
+
+UNFIT = {       # a part of the checkpoint that a training would go on from, and what it is instead
+    "version": 1, "optimizer": None, "optimizer.state": {0: True}, "optimizer.param_groups": [[]],
+    "step": None, "seconds": None, "model": {}, "config.fold": 0, "config.data": "cars",
+    "model.mlp.layers.0.weight": torch.zeros(1).expand(2 ** 20, 2 ** 20)}
+
+
+@pytest.mark.parametrize("where", UNFIT)
+def test_a_training_does_not_go_on_from_what_does_not_fit(where, trained, tmp_path):
+    """One sentence that names the file, which stays as it is."""
+    path, (top, _, key) = tmp_path / "clevr1.pt", where.partition(".")
+    state = torch.load(trained, weights_only=True)
+    part, key = (state[top], key) if key else (state, top)
+    part[key] = UNFIT[where]
+    torch.save(state, path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"\A.*clevr1\.pt.*\Z"):
+        train(tiny(resume=True, steps=6, out=str(tmp_path)))
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 # Pictures ---------------------------------------------------------------------------------------
 
 def test_exported_points_lie_on_the_surface_and_come_back_from_the_file(tmp_path):
-    def ball(points, features):
-        distance = points.norm(dim=-1)
-        return 2000 * torch.sigmoid(1000 * (0.5 - distance)), points / 2 + 0.5
-    model = SimpleNamespace(mlp=ball, config=Config())
+    """Of a ball: at its radius, normals outwards, on all sides that are seen, in its colours."""
+    model = tiny_model(samples=64, fine_samples=64)
+    model.mlp.forward = lambda points, features: (
+        2000 * torch.sigmoid(1000 * (0.5 - points.norm(dim=-1))), points / 2 + 0.5)
     poses = orbit(torch.arange(4) * 90.0, 20.0, 2.7)
-    points, normals, colors = rd.surface_points(model, torch.zeros(1, 3, 1, 2, 2), poses, 16)
-    outward = points / points.norm(dim=-1, keepdim=True)
-    assert (points.norm(dim=-1) - 0.5).abs().max() < 0.03 and (points @ poses[0, :3, 3]).max() > 1
-    assert (normals * outward).sum(-1).min() > 0.999
-    sphere = torch.eye(3, 4)[None, None] / 2                    # the same, by the tracer's depth
-    traced = Scenes(torch.tensor([[SPHERE]]), sphere, sphere[..., 0], torch.zeros(1, 1), -9, WHITE)
-    depth = trace(traced, poses[None], 1.6, 16)[1].view(4, -1)
-    origins, directions = camera_rays(poses, 1.6, 16)
-    seen = origins + depth.clamp(max=9)[..., None] * directions
-    seen = seen[-(seen * directions).sum(-1) > 0.2]             # but where a ray only grazes it
-    assert len(seen) > 200 and torch.cdist(seen, points).amin(1).max() < 0.03
+    points, normals, colors = rd.surface_points(model, torch.zeros(1, 3, 4, 16, 16), poses, 16)
+    assert (points.norm(dim=-1) - 0.5).abs().max() < 0.03
+    assert (normals * F.normalize(points, dim=-1)).sum(-1).min() > 0.999
+    assert torch.allclose(colors, points / 2 + 0.5, atol=1e-5)
+    origins, directions = (x.flatten(0, 1) for x in camera_rays(poses, 1.6, 16))
+    along = (origins * directions).sum(-1)                      # where rays meet the sphere
+    inside = along ** 2 - origins.square().sum(-1) + 0.25
+    true = (origins + (-along - inside.clamp(min=0).sqrt())[:, None] * directions)[inside > 0.01]
+    assert len(true) > 200 and torch.cdist(true, points).amin(1).max() < 0.03
     rd.save_ply(tmp_path / "ball.ply", points, normals, colors)
     header, body = (tmp_path / "ball.ply").read_bytes().split(b"end_header\n", 1)
-    fields = [(n, "<f4") for n in ("x", "y", "z", "nx", "ny", "nz")] + [(n, "u1") for n in "rgb"]
-    table = np.frombuffer(body, dtype=fields)
+    table = np.frombuffer(body, [("floats", "<f4", 6), ("colors", "u1", 3)])
     assert f"element vertex {len(points)}".encode() in header and len(table) == len(points)
-    assert np.allclose(np.stack([table[n] for n in "xyz"], 1), points, atol=1e-6)
-    assert np.abs(np.stack([table[n] for n in "rgb"], 1) / 255 - colors.numpy()).max() < 0.003
+    assert np.array_equal(table["floats"], torch.cat([points, normals], dim=1))
+    assert np.abs(table["colors"] / 255 - colors.numpy()).max() < 0.003
+
+
+def test_pictures_show_what_is_there(tmp_path):
+    """At twice the training's size, turned round z; depth near bright, far dark, and white where
+    most light passes; a column a scene, or one scene as a row."""
+    model, planes = tiny_model(), torch.zeros(2, 3, 4, 16, 16)
+    model.mlp.forward = lambda p, _: (20.0 * (p.norm(dim=-1) < 0.5), p / 2 + 0.5)
+    images, depth = rd.show(model, planes, orbit(20.0, 30.0, 2.7), 40)
+    truth = model.render(planes, orbit(60.0, 30.0, 2.7), resolution=128)
+    assert (images - truth[0]).abs().mean() < 1e-3
+    assert (depth.isnan() == (truth[2] <= 0.5)).float().mean() > 0.99
+    assert 0.1 < depth.isnan().float().mean() < 0.9
+    colors = rd.depth_colors(torch.tensor([[[1.0, 2, 3, math.nan]]])).mean(1).flatten()
+    assert colors[0] > colors[1] > colors[2] and colors[3] == 1
+    for count, factor in ((1, 1.0), (2, math.nan)):
+        rows = {"a": images[:count], "b": images[:count], "depth": factor * depth[:count]}
+        rd.save_grid(tmp_path / "grid.png", rows)
+        width, height = Image.open(tmp_path / "grid.png").size
+        assert (width > height) == (count == 1)
+
+
+# A GPU that is pretended ------------------------------------------------------------------------
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("planted", [None, "composite", "ssim", "importance_samples"])
+def test_all_tensors_are_on_the_models_device(monkeypatch, planted):
+    """Followed through training, sampling, inpainting, evaluation and export on a CUDA device that
+    is not there; fails where two devices meet, as planted faults show. Gradients are stand-ins, for
+    autograd's own threads need the device; what is read back as numbers is 0.5."""
+    from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    models, exported, cuda = [], [], torch.device("cuda")
+    levels, surface = rd.noise_levels, rd.surface_points
+
+    def real(config):                           # weights are made on the CPU, then moved
+        with unset_fake_temporarily():
+            models.append(RenderDiffusion(config))
+        return models[-1]
+
+    def real_levels(schedule, *more):           # its numbers are looked at one by one
+        with unset_fake_temporarily():
+            return levels(NoiseSchedule(schedule.T), *more)
+
+    def zero_gradients(loss):
+        for weight in (p for model in models for p in model.parameters() if p.requires_grad):
+            weight.grad = torch.zeros_like(weight)
+    replaced = {
+        "RenderDiffusion": real, "noise_levels": real_levels, "pick_device": lambda name: cuda,
+        "copy": SimpleNamespace(deepcopy=lambda model: real(model.config).to(cuda)),
+        "join_processes": lambda device: (1, 1), "bf16_is_fast": lambda device: False,
+        "training_pictures": lambda *_: (lambda step: (x0, poses), dict(elevation=(20.0, 20.1))),
+        "read_image": lambda *_: torch.rand(3, 16, 16),
+        "surface_points": lambda model, planes, poses: surface(model, planes, poses[:2], 8),
+        "save_ply": lambda path, *points: exported.extend(points)}
+    if planted:
+        function = getattr(rd, planted)
+        replaced[planted] = lambda a, *rest: function(a + torch.zeros(a.shape), *rest)
+    for name, value in replaced.items():
+        monkeypatch.setattr(rd, name, value)
+    for name, value in dict(backward=zero_gradients, item=lambda x: 0.5,
+                            tolist=lambda x: np.full(x.shape, 0.5).tolist()).items():
+        monkeypatch.setattr(torch.Tensor, name, value)
+    monkeypatch.setattr(torch.autograd, "grad", lambda y, x: (torch.zeros_like(x),))
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+        poses = orbit(torch.arange(4, device=cuda) * 90.0, 30.0, 2.7)
+        x0, masks = torch.rand(4, 3, 16, 16, device=cuda), torch.rand(4, 1, 16, 16, device=cuda)
+
+        def everything():
+            model = train(tiny(steps=2, other_side_from=0.0))
+            evaluate(model, data.Views(x0[:, None].expand(4, 2, 3, 16, 16), poses[:, None].expand(
+                4, 2, 4, 4), 1.6, torch.zeros(3, device=cuda), "pretended"))
+            rd.run_export(model, SimpleNamespace(image="photo.png", fit="crop", out="."))
+            return (*generate(model, poses.cpu(), 3), *generate(model, poses, 2, eta=1.0),
+                    reconstruct(model, x0, poses, 500, 3), *inpaint(model, x0, masks, poses, 2),
+                    find_poses(model, x0), *model.parameters(), *exported)
+        if planted:
+            with pytest.raises(RuntimeError, match="device"):
+                everything()
+        else:
+            assert {x.device.type for x in everything()} == {"cuda"}
 
 
 # Command line -----------------------------------------------------------------------------------
@@ -2415,15 +1265,17 @@ def test_exported_points_lie_on_the_surface_and_come_back_from_the_file(tmp_path
 TRAIN = shlex.split(" ".join(f"--{k.replace('_', '-')} {v}" for k, v in TINY.items()))
 COMMANDS = {        # small ones
     "demo": "", "train": " ".join(TRAIN), "generate": "--count 2 --steps 3",
-    "reconstruct": "--steps 3", "inpaint": "--steps 3", "evaluate": "--scenes 3 --views 2 --json",
-    "export": "--count 1"}
+    "reconstruct": "--count 3 --t-r 0 40 --steps 3", "inpaint": "--count 2 --steps 3 --fillings 2",
+    "evaluate": "--scenes 3 --views 2 --json", "export": "--count 1"}
 
 
 @pytest.fixture
 def desk(trained, tmp_path, monkeypatch):
-    """A working folder with a checkpoint, pictures, masks and earlier results in it."""
+    """A working folder with a checkpoint, pictures, masks and earlier results in it; small results
+    are made."""
     pixels, weights = np.random.default_rng(0).integers(0, 255, (40, 40, 3)), trained.read_bytes()
-    for name, content in (("photo", pixels), ("mask", pixels[..., 0]), ("wide", pixels[:30])):
+    for name, content in (("photo", pixels), ("mask", pixels[..., 0]), ("wide", pixels[:30]),
+                          ("white", pixels * 0 + 255), ("black", pixels * 0)):
         Image.fromarray(content.astype(np.uint8)).save(tmp_path / f"{name}.png")
     (tmp_path / "out").mkdir()
     for name, content in {
@@ -2431,411 +1283,311 @@ def desk(trained, tmp_path, monkeypatch):
             "out/clevr1.pt": weights, "out/generate.png": b"old", "out/generate.gif": b"old",
             "out/reconstruct.png": b"old", "out/inpaint.png": b"old"}.items():
         (tmp_path / name).write_bytes(content)
+    (tmp_path / "loop.png").symlink_to("loop.png")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rd, "show", lambda model, planes, poses, angle=0: model.render(
+        planes, poses)[:2])
     return tmp_path
 
 
-def program(*arguments):
+def program(*arguments, code=None, **environment):
     """Run the command line in a process of its own."""
-    return subprocess.run([sys.executable, str(HERE / "renderdiffusion.py"), *arguments],
-                          capture_output=True, text=True, timeout=600)
+    start = ["-c", code] if code else [str(HERE / "renderdiffusion.py")]
+    return subprocess.run([sys.executable, *start, *arguments], capture_output=True, text=True,
+                          timeout=600, env=os.environ | {"PYTHONPATH": str(HERE)} | environment,
+                          encoding="utf-8", errors="replace")
 
 
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def refused(arguments, capsys):
+    """The sentence with which a command ends, and exit code 2; the command's own usage stands
+    before it where argparse has found a typo."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        rd.main(arguments)
+    err = capsys.readouterr().err
+    said = [line for line in err.strip().split("\n") if "taken for" not in line]
+    usage = said[0].startswith("usage: ") and (len(arguments) < 2 or f" {arguments[0]} " in said[0])
+    assert stop.value.code == 2 and "Traceback" not in err
+    assert (": error: " in said[-1]) if usage else (
+        len(said) == 1 and said[0].startswith("error: ")), said
+    return said[-1]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_runs_and_names_what_it_wrote(command, desk):
-    checkpoint = [] if command == "train" else ["--checkpoint", "tiny.pt"]
-    done = program(command, *checkpoint, *COMMANDS[command].split(), "--out", "new/folder")
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+def test_each_command_runs_and_names_what_it_wrote(command, desk, capsys):
+    """Everything written is in --out, and said; earlier results elsewhere stay."""
+    checkpoint, before = [] if command == "train" else ["--checkpoint", "tiny.pt"], contents(desk)
+    rd.main([command, *checkpoint, *COMMANDS[command].split(), "--out", "new/folder"])
+    said, after = capsys.readouterr().out, contents(desk)
+    written = [path.relative_to(desk) for path in after.keys() - before.keys()]
+    assert before.items() <= after.items() and {path.parts[:2] for path in written} <= {
+        ("new", "folder")}
     if command == "evaluate":
-        scores, views = json.loads(done.stdout), synthetic("clevr1", 3, 2, 16, seed=rd.HELD_OUT)
-        for key, expected in evaluate(load_checkpoint("tiny.pt"), views).items():
-            assert scores[key] == pytest.approx(expected, abs=1e-3)
+        expected = evaluate(load_checkpoint("tiny.pt"), load("clevr1", 3, 2, 16, "test"))
+        assert json.loads(said) == {k: pytest.approx(v, abs=1e-3) for k, v in expected.items()}
         return
-    written = [path.relative_to(desk) for path in contents(desk) if "new" in path.parts]
-    kinds = {path.suffix: path for path in written}
-    assert written and all(str(path) in done.stdout for path in written)
-    if command == "train":
-        assert load_checkpoint(kinds[".pt"]).config.resolution == 16
-    elif command != "export":
-        assert Image.open(kinds[".png"]).size[0] >= 32 and Image.open(kinds[".gif"]).n_frames > 8
+    assert {path.suffix for path in written} == {
+        "train": {".pt", ".png", ".csv"}, "export": {".ply"}}.get(command, {".png", ".gif"})
+    for path in written:
+        assert path.suffix in (".csv", ".png") and command == "train" or str(path) in said
+        assert path.suffix != ".gif" or Image.open(path).n_frames > 8
 
 
 @pytest.mark.parametrize("line", [
     "reconstruct --image photo.png --t-r 40",
     "reconstruct --image wide.png --fit pad --t-r 200 --steps 3 --azimuth 30 --elevation 20",
     "inpaint --image photo.png --mask mask.png --steps 3",
-    "inpaint --image photo.png --mask mask.png --steps 3 --azimuth -40 --elevation 30"])
+    "inpaint --image photo.png --mask mask.png --steps 3 --azimuth -40 --elevation 30",
+    "export --image photo.png --count 2"])
 def test_picture_files_are_taken(line, desk, capsys):
-    rd.main([*shlex.split(line), "--checkpoint", "tiny.pt", "--out", "new"])
-    command = line.split()[0]
-    assert {path.name for path in Path("new").iterdir()} == {f"{command}.png", f"{command}.gif"}
-    assert "new/" in capsys.readouterr().out.splitlines()[-1]
+    """The camera that is found is said; the PSNR of a photograph, which has no scale, is not."""
+    rd.main([*line.split(), "--checkpoint", "tiny.pt", "--out", "new"])
+    command, said = line.split()[0], capsys.readouterr().out
+    assert {path.name for path in Path("new").iterdir()} == (
+        {"export_1.ply"} if command == "export" else {f"{command}.png", f"{command}.gif"})
+    assert ("camera found at azimuth" in said) == (command != "export" and "--azimuth" not in line)
+    assert "new/" in said.splitlines()[-1] and "dB" not in said
+
+
+@pytest.mark.parametrize("views", [1, 2, 7])
+def test_sets_of_any_number_of_views_are_reconstructed(views, desk, capsys):
+    """From one picture on; a set without splits keeps back its last tenth of the scenes."""
+    some = synthetic("clevr1", 5, views, 16)
+    np.savez("set.npz", images=np.stack([rd.to_bytes(s) for s in some.images]), poses=some.poses,
+             focal=some.focal, background=np.uint8([191] * 3))
+    rd.main(["train", *TRAIN, "--data", "set.npz", "--out", "new"])
+    rd.main("reconstruct --checkpoint new/set.pt --out new --count 2".split())
+    said = capsys.readouterr().out
+    assert ("novel views" in said.split("wrote")[-2]) == (views > 1)
+    if views == 1:
+        rd.main("demo --checkpoint new/set.pt --out new".split())
+        assert Path("new/demo_reconstruct.png").exists()
 
 
 BAD_LINES = """
-    : COMMAND | paint: paint | generate --colour red: colour | generate --count nan: count
+    : COMMAND | paint: paint | generate --colour red: --colour | generate --count nan: count
     generate --checkpoint nowhere.pt: nowhere.pt | generate --checkpoint half.pt: half.pt
     generate --checkpoint photo.png: photo.png | generate --checkpoint out: out
     generate --count 0: count | generate --count -3: count | generate --steps 0: steps
     generate --steps 1001: steps | generate --eta nan: eta | generate --eta -1: eta
     generate --eta 2: eta | generate --seed 99999999999999999999999: seed
-    generate --device abacus: abacus | generate --count 1 --steps 1 --out photo.png: photo.png
+    generate --count 5000: 65,535 | generate --device abacus: abacus
+    generate --device privateuseone: privateuseone
+    generate --out photo.png: photo.png | generate --out photo.png/in: photo.png
+    generate --out loop.png: loop.png | generate --out /proc/none: /proc/none
     reconstruct --image nowhere.png: nowhere.png | reconstruct --image text.png: text.png
     reconstruct --image empty.png: empty.png | reconstruct --image out: out
     reconstruct --t-r 1001: t_r | reconstruct --t-r -1: t_r | reconstruct --t-r nan: t-r
     reconstruct --t-r 9 --steps 0: steps | reconstruct --image photo.png --azimuth 10: elevation
+    reconstruct --azimuth 10 --elevation 10: --image | inpaint --elevation 10: --image
     reconstruct --image photo.png --azimuth nan --elevation 10: azimuth
     reconstruct --image photo.png --azimuth 10 --elevation inf: elevation
+    reconstruct --image photo.png --fit squeeze: fit | reconstruct --count 0: count
     inpaint --image photo.png --mask wide.png: wide.png | inpaint --fillings 0: fillings
-    reconstruct --image photo.png --fit squeeze: fit
+    inpaint --image photo.png --mask white.png: mask
+    inpaint --image photo.png --mask black.png: mask
     inpaint --image photo.png --mask text.png: text.png | inpaint --steps 0: steps
     inpaint --image photo.png --mask nowhere.png: nowhere.png | evaluate --data boats: boats
     evaluate --scenes 0: scenes | evaluate --views 1: views | evaluate --t-r -1: t_r
     train --data boats: boats | train --lr nan: lr | train --resolution 48: resolution
-    train --batch 0: batch | train --steps 0: steps | train --minutes nan: minutes
-    train --seed -1: seed | train --out photo.png: photo.png | train --resume --out empty: empty
+    train --batch 0: batch | train --batch -3: batch | train --steps 0: steps
+    train --minutes nan: minutes | train --lay-down: --lay-down | train --seed -1: seed
+    train --out photo.png: photo.png | train --resume --out empty: empty | train: --resume
+    train --out /proc/none: /proc/none | train --device abacus --out new: abacus
     train --resume --unet-channels 32: clevr1.pt | train --resume --fold 1: fold
-    train --resume --lay-down: lay_down"""
-BAD_LINES = [pair.strip() for pair in re.split(r"\||\n", BAD_LINES) if pair.strip()]
+    WORLD_SIZE=2 train --out new: RANK | train --init nowhere.pt --out new: nowhere.pt
+    train --init half.pt --out new: half.pt | train --init tiny.pt --resume: give one
+    train --init tiny.pt --fold 0 --out new: fold
+    train --init tiny.pt --resolution 32 --out new: resolution = 16"""
 
 
-@pytest.mark.parametrize("pair", BAD_LINES)
-def test_bad_input_gets_one_sentence_and_costs_nothing(pair, desk, capsys):
-    line, word = re.fullmatch(r"(.*?): ?(\S+)", pair).groups()
+@pytest.mark.parametrize("pair", re.split(r" \| |\n +", BAD_LINES.strip("\n ")))
+def test_bad_input_gets_one_sentence_and_costs_nothing(pair, desk, capsys, monkeypatch):
+    """Before any work; nothing that was there is lost."""
+    line, words = re.fullmatch(r"(.*?): ?(.+)", pair).groups()
     before, arguments = contents(desk), line.split()
-    if line.startswith("train"):
+    if "=" in (arguments or [""])[0]:
+        monkeypatch.setenv(*arguments.pop(0).split("="))
+    if arguments[:1] == ["train"]:
         arguments = ["train", *TRAIN, *arguments[1:]]
     elif len(arguments) > 1 and "--checkpoint" not in line:
         arguments += ["--checkpoint", "tiny.pt"]
-    with pytest.raises(SystemExit) as stop:
-        rd.main(arguments)
-    out, err = capsys.readouterr()
-    said = err.strip().split("\n")
-    assert stop.value.code == 2 and word in said[-1] and "loss" not in out     # before any work
-    assert said[-1].startswith("error: ") and len(said) == 1 or (
-        said[0].startswith("usage: ") and ": error: " in said[-1])
+    for work in ("encode", "march"):
+        monkeypatch.setattr(RenderDiffusion, work, lambda *_, **__: pytest.fail("it began to work"))
+    assert words in refused(arguments, capsys)
+    assert {path: text for path, text in contents(desk).items() if desk / "new" not in (
+        path.parents)} == before
+
+
+@pytest.mark.parametrize("line", ["train --resume --steps 6", "generate --checkpoint tiny.pt"])
+def test_a_full_disk_costs_no_earlier_file(line, desk, capsys):
+    """Files are written aside and renamed; here the kernel refuses any that grow beyond 3 KB."""
+    before, limits = contents(desk), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        assert re.search("large|space", refused(line.split(), capsys))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert contents(desk) == before
 
 
-def test_bad_input_in_a_process_of_its_own_and_help(desk, capsys):
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    """In a sentence that says which option to lower."""
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "99")
+    with pytest.raises(ValueError, match="--nproc_per_node"):
+        rd.join_processes(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("line, error, words", [
+    ("generate", RuntimeError("CUDA out of memory. Tried\nmore"), "out of memory: lower --batch"),
+    ("generate", KeyboardInterrupt(), "--resume"), ("generate", OSError("no space"), "no space"),
+    ("train --compile", RuntimeError("no g++\nfound"), "--compile finds no working compiler")])
+def test_what_happens_on_the_way_gets_a_sentence_too(monkeypatch, desk, capsys, line, error, words):
+    """Memory that is not there, a disk, a compiler."""
+    def fail(*_, **__):
+        raise error
+    monkeypatch.setattr(rd, "generate", fail)
+    monkeypatch.setattr(torch, "compile", fail)
+    more = TRAIN if line.startswith("train") else ["--checkpoint", "tiny.pt"]
+    assert words in refused([*line.split(), *more, "--out", "new"], capsys)
+
+
+def test_help_names_every_command(capsys):
+    """`--help` of each command ends well."""
+    for command in ("", *COMMANDS):
+        with pytest.raises(SystemExit) as stop:
+            rd.main([*command.split(), "--help"])
+        shown = capsys.readouterr().out
+        assert stop.value.code == 0 and len(shown) > 300
+        assert command or all(re.search(rf"\n    {name}\s", shown) for name in COMMANDS)
+
+
+def test_in_a_process_of_its_own(desk):
+    """With a notebook's MPLBACKEND, a code page that lacks the folder's letters, and one sentence
+    for what is bad."""
+    done = program("train", *TRAIN, "--out", "新 é", MPLBACKEND="module://nope",
+                   PYTHONIOENCODING="cp1252")
+    assert done.returncode == 0, done.stderr
+    assert {path.suffix for path in Path("新 é").iterdir()} == {".pt", ".png", ".csv"}
     done = program("generate", "--checkpoint", "half.pt")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: half.pt")
-    for arguments in ([], *([command] for command in COMMANDS)):
-        with pytest.raises(SystemExit) as stop:
-            rd.main([*arguments, "--help"])
-        assert stop.value.code == 0
-        shown = capsys.readouterr().out
-        assert arguments or all(f"python renderdiffusion.py {name}" in shown for name in COMMANDS)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_training_stopped_at_any_moment_leaves_a_checkpoint_that_resume_takes(desk, how):
+    """Ctrl-C ends with a sentence and exit code 2; kill -9 says nothing. What is not typed again is
+    the checkpoint's own."""
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "renderdiffusion.py"), "train", *TRAIN, "--steps", "1000000",
+         "--out", "new"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))    # ignored in background
+    limit = time.monotonic() + 60
+    while not Path("new/clevr1.pt").exists():
+        assert time.monotonic() < limit and process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(how)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == (2 if how == signal.SIGINT else -9)
+    assert re.search(r"\Aerror: .*--resume\n\Z" if how == signal.SIGINT else r"\A\Z", said), said
+    assert [path.name for path in Path("new").iterdir()] == ["clevr1.pt"]
+    rd.main("train --resume --steps 3 --out new".split())
+    assert torch.load("new/clevr1.pt", weights_only=True)["step"] == 3
+
+
+def test_init_goes_on_at_the_weights_own_size_and_grows_on_request(monkeypatch, desk):
+    """What is not typed is the weights' own; a training begins with them; they are nobody's folders
+    when shared."""
+    weights = tiny_model(resolution=32, plane_size=32, data="cubes", fold=0)
+    save_checkpoint("mine.pt", weights)
+    line = "train --init mine.pt --steps 1 --batch 2 --rays 9 --lr 1e-9 --out".split()
+    done = program(*line, "new")
+    assert done.returncode == 0, done.stderr
+    after = load_checkpoint("new/cubes.pt")
+    own = replace(after.config, **{name: getattr(weights.config, name) for name in (
+        "steps", "batch", "rays", "lr", "out", "init", "device")}, background=(0.5, 0.5, 0.5))
+    assert own == replace(weights.config, focal=own.focal, radius=own.radius,
+                          elevation=own.elevation)
+    for a, b in zip(after.parameters(), weights.parameters()):
+        assert torch.allclose(a, b, atol=1e-3)
+    save_checkpoint("shared.pt", after)
+    assert b"mine.pt" not in Path("shared.pt").read_bytes()
+    monkeypatch.setattr(rd.Journal, "judge", lambda *_: None)
+    rd.main([*line, "large", "--resolution", "64", "--plane-size", "64", "--other-side", "0"])
+    grown = load_checkpoint("large/cubes.pt").config
+    assert (grown.resolution, grown.plane_size, grown.other_side) == (64, 64, 0)
+    assert (grown.fold, grown.unet_channels) == (0, 16)
 
 
 # README.md: everything that it shows runs -------------------------------------------------------
 
-SKIPPED = ("pip", "pytest", "git", "torchrun", "jupyter", "SLOW=1", "cd")       # first words
-RECIPES = "images.txt", "bpy", "srn_cars.zip"                       # files that are not here
-SMALL_OPTIONS = {           # put behind what README.md says, so that they count
-    "train": COMMANDS["train"] + " --minutes 0", "demo": "--checkpoint tiny.pt",
-    "generate": "--checkpoint tiny.pt --count 2 --steps 2", "reconstruct": "--checkpoint tiny.pt",
-    "inpaint": "--checkpoint tiny.pt --steps 2", "export": "--checkpoint tiny.pt",
-    "evaluate": "--checkpoint tiny.pt --scenes 2 --views 2"}
-SMALL_CODE = [              # replaced in its Python: pattern, replacement
-    (r'load_checkpoint\("clevr1"', 'load_checkpoint("tiny.pt"'), (r"\bsteps=\d+", "steps=2"),
-    (r"\bscenes=\d+", "scenes=2"), (r"\bminutes=[\d.]+", "minutes=0.0"),
-    (r"\bresolution=\d+", "resolution=16"), (r'(synthetic|load)\((".*?"), \d+', r"\1(\2, 2"),
-    (r"Config\(", "Config(plane_size=16, unet_channels=16, samples=4, batch=2, rays=8, ")]
+README = re.sub(r"@@\w+@@", "1", (HERE / "README.md").read_text())     # what is to be filled in
+BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", README, re.M | re.S)
+SMALL = {           # put behind what README.md says, so that they count
+    "train": "--minutes 0 --steps 2 --batch 2 --rays 16 --unet-channels 16 --samples 4",
+    "evaluate": "--scenes 4"}
 
 
-@slow
-def test_everything_in_the_readme_runs(desk):
-    names = {}
-    assert BLOCKS
+def readme_commands():
+    """The arguments of each `python renderdiffusion.py ...` in README.md's shell blocks."""
     for language, block in BLOCKS:
-        if any(word in block for word in RECIPES):                  # they have their own tests
-            continue
-        if language == "python":
-            for pattern, small in SMALL_CODE:
-                block = re.sub(pattern, small, block)
-            exec(compile(block, "README.md", "exec"), names)
-            continue
-        for line in re.split(r"\n|&&", block.replace("\\\n", " ")):
+        for line in block.replace("\\\n", " ").splitlines() if language == "bash" else ():
             words = shlex.split(line, comments=True)
-            if words and words[0] not in SKIPPED:
+            if words and words[0] != "pip":
                 assert words[:2] == ["python", "renderdiffusion.py"], f"how to test {line!r}?"
-                done = program(*words[2:], *SMALL_OPTIONS[words[2]].split())
-                assert done.returncode == 0, f"{line}\n{done.stderr}"
+                yield words[2:]
 
 
-# results/ -----------------------------------------------------------------------------------------
+def test_readme_shows_commands_and_links_that_exist():
+    """Also within a line, where they are not run; and the sections of other files that it names."""
+    inline = re.findall(rf"`(?:python renderdiffusion\.py )?((?:{'|'.join(COMMANDS)}) -[^`]*)`",
+                        README)
+    commands = [*readme_commands(), *(re.sub("NAME|FILE", "x.pt", line).split() for line in inline)]
+    assert len(commands) > 12 and {words[0] for words in commands} >= set(COMMANDS)
+    for words in commands:
+        rd.parse(words)
+    for path, anchor in re.findall(r"\]\(((?!http)[^)#]+)#?([^)]*)\)", README):
+        assert (HERE / path).exists() or "@@" in (HERE / "README.md").read_text(), path
+        titles = re.findall(r"^#+ (.*)", (HERE / path).read_text(), re.M) if anchor else [""]
+        assert anchor in [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+                          for title in titles]
 
-def script(monkeypatch, name):
-    """A module of results/."""
-    monkeypatch.syspath_prepend(HERE / "results")
-    return importlib.import_module(name)
 
-
-@slow
-def test_benchmark_runs(monkeypatch, capsys):
-    """Each part once: its shares of the hardware's rates are not looked at."""
-    def once(*runs, least=0):
-        starts = [time.perf_counter()]
-        for run in runs:
-            run()
-            starts.append(time.perf_counter())
-        return np.diff(starts).tolist()
-    benchmark = script(monkeypatch, "benchmark")
-    monkeypatch.setattr(benchmark, "medians", once)
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--json"])
-    benchmark.main()
-    found = json.loads(capsys.readouterr().out)
-    assert len(found["speed"]) > 12 and all(row["rate"] > 0 for row in found["speed"])
-    assert all(0 < row["megabytes"] < 1000 for row in found["memory"])
+def test_readme_snippets_run():
+    """As they are, with the shipped weights."""
+    names = {}
+    for language, block in BLOCKS:
+        if language == "python":
+            exec(compile(block, "README.md", "exec"), names)
+    assert names["loss"] < 0.3 and names["shown"].shape == (4, 3, 64, 64)
 
 
 @slow
-def test_figures_are_made(monkeypatch, tmp_path, capsys):
-    figures = script(monkeypatch, "figures")
-    small = dict(samples=dict(count=8, frames=2), shapes=dict(count=24),
-                 steps=dict(count=2, calls=(1, 2)),
-                 t_r=dict(count=2, levels=(0, 20)), inpainting=dict(count=2, fillings=2),
-                 generation=dict(count=64, readable=256),
-                 training=dict(count=2, minutes=0.1, marks=(0.05,)))
-    monkeypatch.setattr(figures, "FIGURES", {
-        name: partial(make, **small.get(name, dict(count=2)))
-        for name, make in figures.FIGURES.items()})
-    figures.main(["--checkpoints", "clevr1", "--out", str(tmp_path)])
-    figures.main(["together", "--checkpoints", "clevr1", "clevr", "--out", str(tmp_path)])
-    made = {path.name: Image.open(path).size for path in tmp_path.iterdir()}
-    assert set(made) == {"clevr1_samples.gif", "steps.png", "t_r.png", "t_r_pictures.png",
-                         "clevr1_inpainting.png", "loss.png", "training.png", "together.png"}
-    assert made["clevr1_samples.gif"] == (512, 64)
-    assert capsys.readouterr().out.count("|---") > 20
-
-
-def test_turns_of_cubes_are_told_from_discs(monkeypatch):
-    figures = script(monkeypatch, "figures")
-    scenes = random_scenes("clevr1", 400, 5)
-    chosen = scenes.kind[:, 0] == BOX
-    scenes = replace(scenes, to_world=scenes.to_world[chosen])
-    inverse = torch.linalg.inv(torch.cat([scenes.to_world[:, 0], torch.tensor(
-        [[[0, 0, 0, 1.0]]]).expand(int(chosen.sum()), 1, 4)], 1))              # (N, 4, 4)
-
-    def correlation(turn, is_disc=False):
-        """Of cubes that stand turned by `turn` degrees too far, or of cylinders."""
-        c, s = math.cos(math.radians(turn)), math.sin(math.radians(turn))
-
-        def mlp(points, features):
-            local = points @ inverse[:, :3, :3].mT + inverse[:, None, :3, 3]
-            local = local[..., :2] @ torch.tensor([[c, -s], [s, c]])
-            size = local.norm(dim=-1) if is_disc else local.abs().amax(-1)
-            return 1e3 * (size < 1), None
-        return figures.turn_correlation(SimpleNamespace(mlp=mlp), torch.zeros(len(inverse), 3, 4,
-                                                                              16, 16), scenes)
-    assert correlation(0) > 0.99 and correlation(90) > 0.99
-    assert abs(correlation(0, is_disc=True)) < 0.01 and correlation(45) < -0.3
-
-
-def test_judges_of_generated_scenes(monkeypatch):
-    """Coverage on a line, and what is said of scenes against how they are made."""
-    judge = script(monkeypatch, "judge")
-    line = torch.arange(20.0)[:, None]
-    assert judge.coverage(line, line, k=2) == 1
-    assert judge.coverage(line[:1] - 1.5, line, k=2) == pytest.approx(1 / 20)   # near point 0 alone
-    scenes, values = random_scenes("clevr1", 64, 5), judge.parameters("clevr1", 64, 5)
-    assert torch.equal(values[:, :3].argmax(1), scenes.kind[:, 0])
-    assert torch.equal(values[:, 3:6], scenes.color[:, 0])
-    assert torch.allclose(values[:, 9], -0.45 + values[:, 12], atol=1e-6)       # they stand on it
-    shape, color = judge.clevr_kinds(values)
-    assert torch.equal(shape, scenes.kind[:, 0])
-    assert torch.equal(torch.tensor(CLEVR_COLORS)[color], scenes.color[:, 0])
-    assert judge.shares(torch.tensor([0, 0, 2]), 3) == ["67", "0", "33"]
-    several = judge.parameters("clevr", 64, 5).view(64, 4, 13)
-    there = several[..., :3].any(-1)
-    assert (there[:, :-1] >= there[:, 1:]).all() and not there.all()        # empty ones last
-    assert (several[:, 1:, 7] >= several[:, :-1, 7])[there[:, 1:]].all()        # the others by x
-    with pytest.raises(ValueError, match="64 scenes"):
-        judge.judge({}, 63)
-
-
-@slow
-def test_pictures_are_read_and_told_apart(monkeypatch):
-    """Of pictures not seen before most shapes and colours are read rightly, and changed ones told
-    from traced ones, but not traced ones from others."""
-    judge = script(monkeypatch, "judge")
-    describe, read = judge.train_reader("clevr1", 16, 3072)
-    traced, others = (synthetic("clevr1", 96, 2, 16, -seed, depth=False).images.flatten(0, 1)
-                      for seed in (1, 2))
-    true, found = (judge.clevr_kinds(values) for values in (
-        judge.parameters("clevr1", 96, -1).repeat_interleave(2, 0), read(traced)))
-    for a, b, chance in zip(true, found, (1 / 3, 1 / 8)):
-        assert (a == b).float().mean() > 2 * chance
-    features = describe(traced)
-    assert features.shape == (192, 32) and 0.5 < features.var(0).mean() < 2
-    assert judge.told_apart(others * 0.8, traced) > 0.9             # darker: easily told
-    assert 0.3 < judge.told_apart(others, traced) < 0.7             # alike: a coin's chance
-
-
-def test_depth_is_compared_where_objects_are(monkeypatch):
-    """A model that shows the true depth, plus 0.1 on objects and anything elsewhere."""
-    figures, views = script(monkeypatch, "figures"), synthetic("clevr1", 8, 2, 32, -1)
-    scenes = random_scenes("clevr1", 8, -1)
-    _, bare = trace(replace(scenes, kind=torch.full_like(scenes.kind, EMPTY)), views.poses[:, 1:],
-                    views.focal, 32)
-    is_object = views.depth[:, 1] < bare[:, 0] - 0.01
-    model = tiny_model(resolution=32)
-    model.render = lambda *_: (None, views.depth[:, 1] + torch.where(is_object, 0.1, 5.0), None)
-    error, alone = figures.depth_error(model, views)
-    assert error == pytest.approx(0.1, abs=1e-4) and 0.2 < alone < 2
-
-
-def test_ablations_change_what_they_say(monkeypatch, tmp_path):
-    ablations = script(monkeypatch, "ablations")
-    seen, plain = {}, synthetic("clevr1", 2, 3, 16, rd.HELD_OUT).poses
-
-    def evaluate(model, views):
-        seen[name] = model, views.poses
-        return {key: {"psnr": 7.0} for key in ("input", "novel")}
-    monkeypatch.setattr(rd, "evaluate", evaluate)
-    for name in ablations.RUNS:
-        row = ablations.run(name, tiny(steps=2, fold=0, out=str(tmp_path)), 2)
-        assert row.endswith("| 2 | 7.00 | 7.00 |")
-    attention = {name: {block.attention for block in model.modules() if isinstance(block, rd.Block)}
-                 for name, (model, _) in seen.items()}
-    assert attention["attention"] == {True} and attention["no_attention"] == {False}
-    assert all(torch.equal(poses, plain) for name, (_, poses) in seen.items()
-               if name != "billboard")
-    model, poses = seen["billboard"]                # all from the front, the others relative to it
-    assert torch.allclose(poses[:, 0], ablations.front(model.config).expand(2, 4, 4), atol=1e-6)
-    moves = [torch.linalg.inv(x[:, :1]) @ x for x in (plain, poses)]
-    assert torch.allclose(*moves, atol=1e-5)
-
-    x0, ema = torch.rand(4, 3, 16, 16), tiny_model(fold=0, other_side=0.0)
-    poses = orbit(torch.arange(4) * 90.0, 30, 2.7)
-    centers, n = poses[:, None, :3, 3], ema.config.rays
-
-    def march(planes, origins, directions, jitter):             # flat grey, from two cameras
-        assert torch.allclose(origins[:, :n], centers.expand(4, n, 3))
-        assert torch.allclose(origins[:, n:], centers.roll(2, 0).expand(4, 256, 3))
-        return [torch.full_like(origins, 0.25)]
-    torch.manual_seed(0)
-    extra = ablations.extent(SimpleNamespace(unet=None, encode=lambda *_: None, march=march), ema,
-                             x0, poses, 0)
-    torch.manual_seed(0)                # the same, as if nothing else were looked at
-    extra -= rd.denoising_loss(lambda x_t, t, poses, pixels, jitter: torch.full_like(
-        pixels[..., None].expand(-1, -1, 3), -0.5, dtype=torch.float), ema, x0, poses, 0)
-    background = (ema.background * 2 - 1).view(3, 1, 1)
-    away = (x0 - background).abs(), (torch.tensor(-0.5) - background).abs()
-    expected = sum(((away[0] ** k).mean((1, 2, 3)) - (away[1] ** k).mean()).abs().mean()
-                   for k in (1, 2))
-    assert extra.item() == pytest.approx(expected.item(), abs=1e-5)
-
-    model, x0 = tiny_model(fold=0).requires_grad_(True), torch.rand(4, 3, 16, 16) * 2 - 1
-    poses, gradients, asked = PAIR.repeat(2, 1, 1), [], []
-
-    def spy(x_t, t, *more):
-        asked.append((x_t[t == 0], more[0]))
-        return model(x_t, t, *more)
-    ema = tiny_model(clean=0.99, fold=0)
-    torch.manual_seed(0)
-    ablations.two_views(spy, ema, x0, poses, 0)
-    torch.manual_seed(0)
-    start = torch.randint(2 ** 30, ()).item()       # the scenes that it drew
-    views = synthetic("clevr1", 4, 2, 16, 1, start=start)
-    (x_t, rendered), = asked
-    assert all(any(torch.equal(x, image) for image in views.images[:, 0]) for x in x_t)
-    sides = [[torch.equal(pose, other) for other in both] for pose, both in
-             zip(rendered, views.poses)]
-    assert sorted(sides) == [[False, True]] * 2 + [[True, False]] * 2
-
-    def weigh(x_t, t, *more):           # the same by a weight of the loss itself, summed up by hand
-        alpha_bar = model.schedule.alpha_bar[t]
-        weight = (alpha_bar / (1 - alpha_bar)).clamp(max=5)
-        x0_hat = model(x_t, t, *more)
-        target = x0.flatten(2).mT.gather(1, more[1][..., None].expand(-1, -1, 3))
-        mean = (x0_hat - target).abs().mean((1, 2))
-        (mean * weight / weight.mean()).mean().backward()
-        return x0_hat
-    for loss in (lambda: rd.denoising_loss(weigh, model, x0, poses, 0),
-                 lambda: ablations.min_snr(model, model, x0, poses, 0).backward()):
-        torch.manual_seed(0)
-        loss()
-        gradients.append(model.mlp.layers[0].weight.grad.clone())
-        model.zero_grad()
-    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-7)
-
-    told = ablations.Told(tiny(fold=0))
-    images = [told(x0, 0, some) for some in (poses, poses.flip(0))]
-    told.poses = poses
-    one = told.encode(x0, 0)
-    told.poses = poses.flip(0)
-    assert not torch.allclose(one, told.encode(x0, 0), atol=1e-4) and images[0].shape == x0.shape
-
-
-def test_scenes_are_put_together_from_what_a_teacher_makes_of_single_views(monkeypatch):
-    """A teacher that sees a red ball in every picture: balls are where they were moved to."""
-    ablations, traced = script(monkeypatch, "ablations"), []
-    config = tiny(data="clevr", elevation=(20.0, 50.0), radius=2.9, resolution=32, samples=64,
-                  fine_samples=0)
-    ball = SimpleNamespace(radius=0.15, density=50.0)
-    teacher = SimpleNamespace(
-        config=config, background=torch.zeros(3),
-        encode=lambda x, t: torch.zeros(len(x), 3, 1, 2, 2),
-        mlp=lambda p, _: (torch.where(p.norm(dim=-1) < ball.radius, ball.density,
-                                      50.0 * (p.abs() > 1).any(-1)),    # and walls outside its cube
-                          torch.tensor([1.0, 0, 0]).expand_as(p)))
-    monkeypatch.setattr(ablations, "synthetic", lambda name, n, *rest, **options: traced.append(n)
-                        or SimpleNamespace(images=torch.zeros(n, 1, 3, 32, 32)))
-
-    def seeded(*arguments):
-        torch.manual_seed(0)
-        return ablations.put_together(teacher, config, "clevr1", *arguments)
-    pixel = torch.arange(32) + 0.5
-    for reach, scale in ((0.0, 1.0), (0.5, 1.0), (0.5, 0.6)):
-        torch.manual_seed(0)
-        torch.randint(1, 2, (6,))
-        places = reach * (2 * torch.rand(6, 1, 2) - 1)
-        for shown, poses in seeded(6, 1, reach, 0.4, [scale]):
-            red = (shown[:, 0] / 2 + 0.5).clamp(0, 1)
-            assert (shown[:, 1:] == -1).all() and red.amax((1, 2)).min() > 0.9
-            # from clevr1's ground at -0.45, which is scaled, too, to clevr's at -0.30
-            center = torch.cat([places[:, 0], torch.full((6, 1), -0.30 + 0.45 * scale)], dim=1)
-            seen = ((center - poses[:, :3, 3])[:, None] @ poses[:, :3, :3])[:, 0]
-            size = ball.radius * scale * 32 * config.focal / seen[:, 2]             # in pixels
-            seen = 32 * (config.focal * seen[:, :2] / seen[:, 2:] + 0.5)
-            mass = red.sum((1, 2))
-            found = torch.stack([(red.sum(1) * pixel).sum(1), (red.sum(2) * pixel).sum(1)], dim=1)
-            assert (found / mass[:, None] - seen).abs().max() < 0.6
-            assert ((mass / math.pi).sqrt() - size).abs().max() < 0.3
-    assert traced == [6, 6, 6]
-
-    ball.radius, ball.density = 0.4, 3.0        # a small one is as opaque as a large one
-    for scale in (1.0, 0.5):
-        for shown, _ in seeded(6, 1, 0.0, 0.4, [scale]):
-            brightest = shown[:, 0].amax((1, 2)) / 2 + 0.5
-            assert (brightest - (1 - math.exp(-3 * 0.8))).abs().max() < 0.05
-
-    torch.manual_seed(0)
-    number = torch.randint(1, 4, (6,))
-    seeded(6, 3, 0.5, 0.4, [1.0])               # tries until each has its place
-    assert traced.pop() == number.sum()
-    torch.manual_seed(0)
-    number, _, small = torch.randint(1, 3, (40,)), torch.rand(40, 2, 2), torch.randint(2, (40, 2))
-    seeded(40, 2, 0.1, 0.5, [1.0, 0.2])         # where there is one: here for two small ones alone
-    assert traced.pop() == 40 + ((number == 2) & small.all(1)).sum()
-
-    asked = []
-    monkeypatch.setattr(rd, "denoising_loss", lambda *a, **k: asked.append((a, k)) or 0)
-    x0, poses = torch.rand(2, 3, 32, 32), PAIR
-    ablations.composed(teacher, count=3)(None, SimpleNamespace(config=config), x0, poses, 0.5)
-    ((_, _, target, target_from, *_), more), = asked
-    source, source_from = more["seen"]
-    assert torch.equal(target[:2], x0) and torch.equal(source[:2], x0) and len(target) == 8
-    assert torch.equal(target[2:5], source[5:]) and torch.equal(target[5:], source[2:5])
-    assert torch.equal(target_from[2:5], source_from[5:])
-    assert not torch.equal(target_from[2:], source_from[2:])
+def test_readme_commands_run(tmp_path):
+    """One after the other in a copy of the project, with small weights in place of the shipped
+    ones and a small set in place of ShapeNet."""
+    for name in ("renderdiffusion.py", "data.py"):
+        shutil.copy(HERE / name, tmp_path)
+    small = tiny_model(resolution=64, plane_size=64, data="cars", samples=2, fine_samples=1)
+    cars = synthetic("cars", 9, 2, 64)
+    for path in (HERE / "checkpoints").glob("*.pt"):
+        save_checkpoint(tmp_path / "checkpoints" / path.name, small)
+    (tmp_path / "data" / "srn_cars").mkdir(parents=True)
+    for split in "train", "test":
+        np.savez(tmp_path / "data" / "srn_cars" / f"{split}.npz", poses=cars.poses, images=np.stack(
+            [rd.to_bytes(some) for some in cars.images]), focal=cars.focal,
+            background=np.uint8([200, 200, 200]))
+    for words in readme_commands():
+        words = [word for word in words if word != "--compile"] + SMALL.get(words[0], "").split()
+        done = subprocess.run([sys.executable, "renderdiffusion.py", *words], cwd=tmp_path,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, f"{words}\n{done.stderr}"
 
 
 # The notebook -----------------------------------------------------------------------------------
@@ -2850,428 +1602,98 @@ def tutorial_cells():
 
 
 def test_tutorial_is_small_and_was_run():
+    """Cells of up to 25 lines, all outputs kept, from one run from top to bottom."""
     assert TUTORIAL.stat().st_size < 3e6
     for source in tutorial_cells():
         assert len(source.splitlines()) <= 25, source
         assert max(map(len, source.splitlines())) <= 100, source
     code = [c for c in json.loads(TUTORIAL.read_text())["cells"] if c["cell_type"] == "code"]
-    assert all(cell["execution_count"] == i for i, cell in enumerate(code, 1))      # in one go
+    assert all(cell["execution_count"] == i for i, cell in enumerate(code, 1))
     outputs = [output for cell in code for output in cell["outputs"]]
     assert sum("image/png" in output.get("data", {}) for output in outputs) > 20
     assert not any(output["output_type"] == "error" for output in outputs)
 
 
+NO_IPYTHON = """
+import sys, types
+try:
+    import IPython.display
+except ImportError:                                 # a stub that shows nothing
+    display = types.ModuleType("IPython.display")
+    display.HTML = display.Markdown = display.Image = lambda *things, **more: things
+    display.display = lambda *things, **more: None
+    sys.modules["IPython"] = types.ModuleType("IPython")
+    python = sys.modules["IPython"]                 # which matplotlib asks, too
+    python.get_ipython, python.version_info = lambda: None, (9, 0)
+    sys.modules["IPython.display"] = display
+"""
+
+
 @slow
-def test_tutorial_runs(tmp_path):
-    """All code cells in one namespace; where there is no IPython, a stub shows nothing."""
-    stub = ("import sys, types\n"
-            "try:\n    import IPython.display\n"
-            "except ImportError:\n"
-            "    display = types.ModuleType('IPython.display')\n"
-            "    display.HTML = display.Markdown = str\n"
-            "    display.display = lambda *things: None\n"
-            "    sys.modules['IPython'] = types.ModuleType('IPython')\n"
-            "    python = sys.modules['IPython']                # which matplotlib asks, too\n"
-            "    python.get_ipython, python.version_info = lambda: None, (9, 0)\n"
-            "    sys.modules['IPython.display'] = display\n")
-    (tmp_path / "tutorial.py").write_text("\n\n".join([stub, *tutorial_cells()]))
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "tutorial.py"], cwd=tmp_path, capture_output=True,
-        text=True,
-        env={**os.environ, "SMOKE": "1", "MPLBACKEND": "Agg", "PYTHONPATH": str(HERE),
-             "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-    assert used < 90                    # seconds of one core: other work does not count
-    assert "cameras differ by at most" in done.stdout               # it came to section 12
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["out", "tutorial.py"]
+@pytest.mark.parametrize("kind", ["as it is", "clevr1", "clevr1_blender", "a capture",
+                                  "three scenes", "one view"])
+def test_tutorial_runs_on_every_kind_of_data(tmp_path, kind):
+    """All code cells as plain Python: built-in sets, the subset, a capture of a few views, sets of
+    few scenes and of one view each; and once more in the same folder."""
+    path, sizes = tmp_path / "mine.npz", {"a capture": (1, 6), "three scenes": (3, 4),
+                                          "one view": (12, 1)}
+    if kind in sizes:
+        some = synthetic("cars", *sizes[kind], 64)
+        np.savez(path, images=np.stack([rd.to_bytes(s) for s in some.images]), poses=some.poses,
+                 focal=some.focal, background=np.uint8([191] * 3))
+    code, name = "\n\n".join([NO_IPYTHON, *tutorial_cells()]), str(path) if kind in sizes else kind
+    if kind != "as it is":
+        code, changed = re.subn(r'^DATA = "\w+"', f"DATA = {name!r}", code, flags=re.M)
+        assert changed == 1
+    (tmp_path / "tutorial.py").write_text(code)
+    for _ in range(2 if kind == "as it is" else 1):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "tutorial.py"], cwd=tmp_path, capture_output=True,
+            text=True, timeout=600, env=os.environ | dict(
+                SMOKE="1", MPLBACKEND="Agg", PYTHONPATH=str(HERE), OMP_NUM_THREADS="1"))
+        assert done.returncode == 0, done.stderr
 
 
 # The shipped weights ----------------------------------------------------------------------------
 
-@pytest.fixture(scope="session")
-def clevr1():
-    return load_checkpoint("clevr1")
+LEAST = dict(cars=26.28, chairs=26.54, planes=26.60, clevr1=34.69)      # dB, measured less 0.3
 
 
-def test_shipped_weights_show_novel_views_of_unseen_scenes(clevr1):
-    scores = evaluate(clevr1, synthetic("clevr1", 32, 5, 32, seed=rd.HELD_OUT))
-    assert scores["novel"]["psnr"] >= 32
-    assert scores["novel"]["psnr"] > scores["baseline_input_copied"]["psnr"] + 5
+@pytest.mark.parametrize("name", ["cars", *(pytest.param(path.stem, marks=slow) for path in sorted(
+    rd.SHIPPED.glob("*.pt")) if path.stem != "cars")])
+def test_shipped_weights_show_novel_views_of_unseen_scenes(name):
+    """PSNR of two novel views of 16 held-out scenes: at most 0.3 dB less than when shipped."""
+    model = load_checkpoint(name)
+    scores = evaluate(model, load(name, 16, 3, model.config.resolution, "test"))
+    assert scores["novel"]["psnr"] >= LEAST[name]
+    assert scores["novel"]["psnr"] > max(scores["baseline_input_copied"]["psnr"],
+                                         scores["baseline_mean_image"]["psnr"]) + 5
+    assert (rd.SHIPPED / f"{name}.pt").stat().st_size <= 8e6
 
 
-@slow
-@pytest.mark.parametrize("name, least", dict(cars=24.5, chairs=26.6, planes=26.4, clevr=20.8).items())
-def test_the_other_shipped_weights_show_novel_views_of_unseen_scenes(name, least):
-    """At most a decibel less than they did when they were shipped."""
-    scores = evaluate(load_checkpoint(name), synthetic(name, 32, 3, 32, seed=rd.HELD_OUT))
-    assert scores["novel"]["psnr"] >= least
-
-
-def test_shipped_weights_generate_scenes_of_many_kinds(clevr1):
-    poses = orbit(torch.arange(8) * 45.0, 35, clevr1.config.radius)
-    images, planes = generate(clevr1, poses, steps=20)
-    truth = synthetic("clevr1", 64, 1, 32, seed=rd.HELD_OUT).images[:, 0]
-    for shown in (images, clevr1.render(planes, poses.roll(4, dims=0))[0]):     # and from behind
-        assert shown.std(0).mean() > 0.6 * truth.std(0).mean()      # not the same picture each time
-        assert shown.flatten(2).std(-1).mean() > 0.6 * truth.flatten(2).std(-1).mean()  # nor flat
-
-
-@slow
-def test_shipped_weights_find_the_camera(clevr1):
-    views = synthetic("clevr1", 24, 1, 32, seed=rd.HELD_OUT)
-    images, poses = views.images[:, 0], views.poses[:, 0]
-    planes = reconstruct(clevr1, images)
-    given, found = (psnr(rd.to_unit(clevr1.render(planes, pose)[0]), rd.to_unit(images)).mean()
-                    for pose in (poses, rd.find_poses(clevr1, images)))
-    assert found > given - 1
-
-
-def test_inpainting_ends_with_what_was_rendered():
-    """A step down the gradient is for what is asked again: with one step, there is none."""
-    model, images = tiny_model(), torch.rand(2, 3, 16, 16) * 2 - 1
-    masks = torch.ones(2, 1, 16, 16)
-    masks[:, :, 4:12, 4:12] = 0
-    plain, guided = (inpaint(model, images, masks, PAIR, 1, guidance=g)[0] for g in (0.0, 1e3))
-    assert torch.equal(plain, guided)
-    plain, guided = (inpaint(model, images, masks, PAIR, 2, guidance=g)[0] for g in (0.0, 1e3))
-    assert not torch.equal(plain, guided)
-    # and where nothing is known, it is exactly what `render` shows, importance samples and all
-    x_T = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    rendered, _, _ = model.render(model.encode(x_T, model.schedule.T), PAIR)
-    filled, _ = inpaint(model, images, torch.zeros_like(masks), PAIR, 1)
-    assert torch.allclose(filled, rendered, atol=1e-6)
+def test_shipped_weights_generate_solid_scenes_of_many_kinds():
+    """Not the same picture each time, nor flat; nor from behind."""
+    cars = load_checkpoint("cars")
+    poses = turn_poses(cars, 0, 4)
+    images, planes = generate(cars, poses, steps=10)
+    truth = load("cars", 32, 1, 64, "test").images[:, 0]
+    for shown in (images, cars.render(planes, poses.roll(2, dims=0))[0]):
+        assert shown.std(0).mean() > 0.6 * truth.std(0).mean()
+        assert shown.flatten(2).std(-1).mean() > 0.6 * truth.flatten(2).std(-1).mean()
 
 
 @slow
-def test_shipped_weights_fill_a_hole_in_two_ways(clevr1):
-    views = synthetic("clevr1", 8, 1, 32, seed=rd.HELD_OUT)
-    images, poses, masks = views.images[:, 0], views.poses[:, 0], torch.ones(8, 1, 32, 32)
-    masks[:, :, 10:, 10:22] = 0
+def test_shipped_weights_find_the_camera_and_fill_a_hole_in_two_ways():
+    """What is found explains the picture as well as the truth; known pixels are reconstructed."""
+    cars, views = load_checkpoint("cars"), load("cars", 8, 1, 64, "test")
+    images, poses, masks = views.images[:, 0], views.poses[:, 0], torch.ones(8, 1, 64, 64)
+    masks[..., 32:] = 0
 
-    def known_psnr(planes):
-        error = (clevr1.render(planes, poses)[0] - images).square() / 4 * masks
-        return -10 * (error.mean((1, 2, 3)) / masks.mean((1, 2, 3))).log10().mean()
-    (a, planes), (b, others) = (inpaint(clevr1, images, masks, poses, 20, seed=s) for s in (0, 1))
-    limit = known_psnr(reconstruct(clevr1, images)) - 3
-    assert known_psnr(planes) > limit and known_psnr(others) > limit
+    def error(planes, poses, known=masks):
+        return ((cars.render(planes, poses)[0] - images).square() * known).mean()
+    planes = reconstruct(cars, images)
+    assert error(planes, find_poses(cars, images), 1) < 1.25 * error(planes, poses, 1)
+    (a, some), (b, others) = (inpaint(cars, images, masks, poses, seed=seed) for seed in (0, 1))
+    assert max(error(some, poses), error(others, poses)) < 2 * error(planes, poses)
     assert torch.equal(a * masks, images * masks)
     assert (a - b)[(masks == 0).expand_as(a)].square().mean().sqrt() > 0.05
-
-
-# Bad input of every kind -------------------------------------------------------------------------
-
-HOSTILE = [None, True, -1, 0, 3, 0.5, 1e-320, 1e30, 1e308, -1e308, math.nan, math.inf, -math.inf,
-           10 ** 400, "", "nan", "../../x", "é ü\u202e 新", "\0", "/dev/zero", "x" * 5000, [], {},
-           [[]], [None], {"a": 1}, [[1] * 4] * 4, [["a"] * 4] * 4, [1, [2]], [1e308, math.nan, 3]]
-WORDS = ["nan", "inf", "-inf", "-1", "0", "1e99", "1e308", "-1e308", "1e-320", "9" * 20, "9" * 400,
-         "", "é 新", "a b", "1.5", "0x10", "None", "[1]", "--", "-", "%s", "1_0", "$HOME", "*", "1"]
-
-
-class Hang(BaseException):
-    """Raised by the timer; no handler of errors takes it for one."""
-
-
-def nodes(tree, path=()):
-    """The paths of all that is in nested dicts and lists."""
-    inside = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(
-        tree, list) else ()
-    return [path] * bool(path) + [p for key, value in inside for p in nodes(value, (*path, key))]
-
-
-def replaced(tree, path, value):
-    """A nested dict or list in which the node at a path is another, or is gone where `nodes`."""
-    if not path:
-        return value
-    tree = dict(tree) if isinstance(tree, dict) else list(tree)
-    if len(path) == 1 and value is nodes:
-        del tree[path[0]]
-    else:
-        tree[path[0]] = replaced(tree[path[0]], path[1:], value)
-    return tree
-
-
-def odd_tensor(weight, rng):
-    """A tensor that is not what it should be, or claims to be much more than is stored."""
-    return rng.choice([
-        weight * math.nan, weight * math.inf, weight.double(), weight.to(torch.complex64),
-        weight.to(torch.int8), weight.flatten()[:-1], weight[None], torch.zeros(0), weight > 0,
-        weight.to_sparse(), torch.zeros(1).expand(2 ** 20, 2 ** 20), weight * 1e38])
-
-
-def odd_picture(path, rng):
-    """A picture file of another kind, with a false size, or with bad EXIF."""
-    image = Image.open(path).convert("RGB").resize((24, 24))
-    how, file = rng.choice(["BMP", "GIF", "TIFF", "EXIF", "size", "size", "L", "P", "1x1", "F", "I",
-                            "LA", "CMYK", "wide"]), BytesIO()
-    if how in ("BMP", "GIF", "TIFF"):
-        image.save(file, how)
-    elif how == "EXIF":
-        tags = rng.choice([b"Exif\0\0II*\0", b"Exif\0\0junk and more junk", rng.randbytes(60),
-                           b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\xff\xff\xff\xff\0\0\0\0"])
-        image.save(file, rng.choice(["PNG", "JPEG"]), exif=tags)
-    elif how == "size":                     # stated in the header, with the right checksum
-        image.save(file, "PNG")
-        head = bytearray(file.getvalue())
-        for at in (16, 20):
-            head[at:at + 4] = rng.choice([0, 1, 9000, 2 ** 20, 2 ** 31 - 1]).to_bytes(4, "big")
-        head[29:33] = zlib.crc32(head[12:29]).to_bytes(4, "big")
-        file = BytesIO(head)
-    elif how in ("1x1", "wide"):
-        image.resize((1, 1) if how == "1x1" else (3000, 1)).save(file, "PNG")
-    elif how in ("F", "I", "CMYK"):
-        image.convert(how).save(file, "TIFF")
-    else:
-        image.convert("L").convert(how).save(file, "PNG")
-    path.write_bytes(file.getvalue())
-
-
-def odd_archive(path, rng):
-    """An .npz with an array of another kind or shape, or a header that claims too much."""
-    with np.load(path) as file:
-        arrays = dict(file)
-    key = rng.choice(list(arrays))
-    old = arrays[key]
-    arrays[key] = rng.choice([
-        old * math.nan, old * 1e308, old * 0, old[0], old[None], old.astype("U8"), old + 1j,
-        old.astype(object), np.zeros((0, 4)), np.float64(3), old.astype("M8[s]"), old > 0,
-        np.zeros((4, 4), [("a", "f4")]), np.zeros((4, 4, 3)), old.astype("m8[s]"), b"bytes"])
-    if rng.random() < 0.2:
-        del arrays[key]
-    np.savez(path, **arrays)
-    if rng.random() < 0.2:
-        with ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
-            text = "{'descr': '<f8', 'fortran_order': False, 'shape': (%d, 4), }" % rng.choice(
-                [2 ** 24, 2 ** 40, 2 ** 62])
-            archive.writestr(f"{key}.npy", b"\x93NUMPY\x01\0\x76\0" + text.ljust(117).encode() +
-                             b"\n" + bytes(99))
-
-
-def odd_checkpoint(path, rng):
-    """A checkpoint in which one thing, of its config more often than not, is another."""
-    state = torch.load(path, weights_only=True)
-    top = rng.choice([["config"], ["config"], ["ema"], ["model"], ["optimizer"], list(state)])
-    where = rng.choice([p for p in nodes(state) if p[0] in top])
-    old = state
-    for key in where:
-        old = old[key]
-    value = (odd_tensor(old, rng) if torch.is_tensor(old) else rng.choice([
-        *HOSTILE, nodes, 16, 64, 512, 1024, 4096, (None, None), ("a", "b"), (0.0, math.nan, 0.0)]))
-    torch.save(replaced(state, where, value), path)
-
-
-def odd_numbers(path, rng):
-    words = path.read_text().split(" ")
-    words[rng.randrange(len(words))] = rng.choice(WORDS)
-    path.write_text(" ".join(words))
-
-
-def odd_json(path, rng):
-    about = json.loads(path.read_text())
-    if rng.random() < 0.1:
-        return path.write_text(rng.choice(["[", '{"frames":', '{"scenes": [']) * 100000)
-    where = rng.choice(nodes(about))
-    path.write_text(json.dumps(replaced(about, where, rng.choice([*HOSTILE, nodes]))))
-
-
-ODD = {".png": odd_picture, ".npz": odd_archive, ".pt": odd_checkpoint, ".json": odd_json,
-       ".txt": odd_numbers}
-
-
-def spoil(path, rng):
-    """Damage a file in one of many ways; half of the time in a way of its own kind."""
-    whole, how = path.read_bytes(), rng.choice(
-        ["own"] * 9 + ["bits", "bits", "cut", "junk", "empty", "gone", "folder", "loop", "pipe"])
-    if how == "own" and path.suffix in ODD:
-        ODD[path.suffix](path, rng)
-    elif how == "bits":
-        flipped = bytearray(whole)
-        for _ in range(rng.choice([1, 1, 8])):
-            flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
-        path.write_bytes(flipped)
-    elif how in ("cut", "junk", "empty"):
-        path.write_bytes({"cut": whole[:rng.randrange(len(whole))], "empty": b"",
-                          "junk": rng.randbytes(300)}.get(how))
-    else:
-        path.unlink()
-        if how == "folder":
-            path.mkdir()
-        elif how == "loop":
-            path.symlink_to(path.name)
-        elif how == "pipe" and path.suffix == ".png":
-            os.mkfifo(path)
-    return f"{how} {path.name}"
-
-
-def write_all_formats(root):
-    """A small set in each format of data.py, as their own tests write them."""
-    write_srn(root / "srn é 新", 2, 2)
-    write_nmr(root / "nmr", ["aa", "b b"], views=2)
-    write(root / "nmr" / "softras_train.lst", "aa\nb b\n")
-    poses, rng = cameras(2, 2), np.random.default_rng(0)
-    small = pictures(poses, 1.0, 32)
-    for v in range(4):
-        save(root / "567" / f"{v}_sc{v // 2:04d}.png", small[v // 2, v % 2])
-        np.savetxt(root / "567" / f"{v}_sc{v // 2:04d}_RT.txt", poses[v // 2, v % 2])
-        save(root / "own" / "pictures" / f"r_{v}.png", small[v // 2, v % 2])
-    shots = {"camera_angle_x": 1.0, "w": 32, "h": 32, "fl_y": 30.0, "cx": 16,
-             "frames": frames(poses.flatten(0, 1), 2.0)}
-    write(root / "own" / "transforms_train.json", json.dumps(shots))
-    scenes = [simulated_scene(rng, 3, "train", i)[0] for i in range(2)]
-    for scene in scenes:
-        save(root / "clevr" / "images" / "train" / scene["image_filename"],
-             np.zeros((32, 48, 3), np.uint8))
-    for name in ("clevr", "layouts"):
-        write_clevr(root / name, scenes, "train")
-    return sorted(path for path in root.iterdir())
-
-
-@contextmanager
-def limits(seconds, memory):
-    """Hang after so many seconds; no more than so many bytes beyond what is taken already."""
-    def hang(*_):
-        raise Hang
-    with open("/proc/self/statm") as file:
-        taken = int(file.read().split()[0]) * resource.getpagesize()
-    signal.signal(signal.SIGALRM, hang)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    _, most = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (taken + memory, most))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def options(command, rng):
-    """A short run of a command, in which one to three options are what they should not be."""
-    files = ["photo.png", "é ü.png", "text.png", "loop.png", "pipe.png", "out", "no.png", "x" * 300,
-             "half.pt", "tiny.pt", ".", "", "/dev/null", "photo.png/x", "../photo.png", "odd.png"]
-    given = {"generate": "--count 1 --steps 1", "reconstruct": "--steps 1 --t-r 9",
-             "inpaint": "--steps 1", "evaluate": "--scenes 1 --views 2", "export": "--count 1",
-             "train": " ".join(TRAIN) + " --steps 1", "demo": ""}[command].split()
-    given = dict(zip(given[::2], given[1::2])) | {"--out": "written é"}
-    own = {"generate": ["count", "steps", "eta"], "evaluate": ["data", "scenes", "views", "t-r"],
-           "reconstruct": ["image", "fit", "t-r", "steps", "azimuth", "elevation"],
-           "inpaint": ["image", "mask", "fit", "steps", "azimuth", "elevation", "fillings"],
-           "export": ["image", "count", "fit"], "demo": [],
-           "train": [f.replace("_", "-") for f in Config.__dataclass_fields__]}[command]
-    if command != "train":
-        given["--checkpoint"] = "tiny.pt"
-        own = own * 2 + ["checkpoint"]
-    bad = rng.sample(sorted({*own, "out", "seed", "device"}), rng.choice([1, 1, 2]))
-    for name in bad:
-        pool = files if name in ("image", "mask", "checkpoint", "data", "out") else WORDS
-        given["--" + name] = rng.choice(pool)
-    if given["--out"] in ("out", ".", "", "../photo.png", "no.png", "odd.png") or command == "demo":
-        given["--device"] = "abacus"                            # refused before it writes there
-    return [command, *(word for pair in given.items() for word in pair)]
-
-
-@slow
-@pytest.mark.filterwarnings("ignore")
-def test_bad_input_of_every_kind_ends_in_success_or_one_sentence(
-        desk, tmp_path_factory, capsys, monkeypatch):
-    """1,000 cases: 500 sets of pictures, 150 checkpoints, 150 pictures, 200 command lines."""
-    rng = random.Random(7)
-    for name, quick in (("surface_points", dict(resolution=4, samples=8)),
-                        ("save_turntable", dict(frames=2))):
-        monkeypatch.setattr(rd, name, partial(getattr(rd, name), **quick))
-    monkeypatch.setattr(rd, "health", lambda *_: "")
-    originals = write_all_formats(tmp_path_factory.mktemp("formats"))
-    shutil.copy("photo.png", "é ü.png")
-    Path("loop.png").symlink_to("loop.png")
-    os.mkfifo("pipe.png")
-    loaders = dict(zip(["567", "clevr", "layouts", "nmr", "own", "srn é 新"], [
-        load_clevr567, load_clevr, load_clevr, data.load_nmr, load_folder, load_srn]))
-
-    def case(k):
-        """Sets up one case -> what was done, and the call to make."""
-        shutil.rmtree("written é", ignore_errors=True)
-        if k < 500:
-            source = originals[k % len(originals)]
-            shutil.rmtree("set ä", ignore_errors=True)
-            shutil.copytree(source, "set ä")
-            files = sorted(f for f in Path("set ä").rglob("*") if f.is_file())
-            files = [f for f in files if f.suffix != ".png"] * 2 + files
-            chosen = dict.fromkeys(rng.choices(files, k=rng.choice([1, 1, 2])))
-            done = [spoil(f, rng) for f in chosen]
-            way, loader = rng.random(), rng.choice([load, loaders[source.name]])
-            if way < 0.8:
-                asked = rng.choice([(), (1,), (2, 2), (None, 1), (10 ** 6, 3)])
-                seed = rng.choice([0, -1, 5])
-                return (source.name, *done, loader.__name__, asked), lambda: loader(
-                    Path("set ä"), *asked, resolution=16, seed=seed)
-            line = ["evaluate", "--checkpoint", "tiny.pt", "--scenes", "1", "--views", "2"]
-            line = line if way < 0.9 else ["train", *TRAIN, "--steps", "1", "--scenes", "1"]
-            line += ["--data", "set ä", "--out", "written é"]
-            return (source.name, *done, line[0]), lambda: rd.main(line)
-        if k < 650:
-            line = rng.choice([["evaluate", "--scenes", "1", "--views", "2"]] * 2 + [
-                ["train", *TRAIN, "--resume", "--steps", "6"], ["generate", "--count", "1"]])
-            path = Path("written é/clevr1.pt" if line[0] == "train" else "odd.pt")
-            path.parent.mkdir(exist_ok=True)
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            shutil.copy("tiny.pt", path)
-            line += ["--out", "written é"]
-            line += ["--steps", "1"] if line[0] == "generate" else []
-            line += [] if line[0] == "train" else ["--checkpoint", "odd.pt"]
-            return (spoil(path, rng), line[0]), lambda: rd.main(line)
-        if k < 800:
-            for path in (Path("odd.png"), Path("odd_mask.png")):
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-                shutil.copy("photo.png", path)
-            done = spoil(Path(rng.choice(["odd.png", "odd_mask.png"])), rng)
-            fit = rng.choice(["crop", "pad"])
-            if rng.random() < 0.8:
-                return (done, fit), lambda: (
-                    read_image("odd.png", 16, (0.5, 0.0, -1.0), fit), read_mask(
-                        "odd_mask.png", 16, data.open_picture("odd.png").size, fit))
-            line = "inpaint --image odd.png --mask odd_mask.png --checkpoint tiny.pt --steps 1 "
-            line += f"--azimuth 3 --elevation 3 --fit {fit} --out"
-            return (done, "inpaint"), lambda: rd.main([*line.split(), "written é"])
-        line = options(rng.choice(list(COMMANDS)), rng)
-        return line, lambda: rd.main(line)
-
-    def listing():
-        found = {p: p.lstat().st_mtime_ns for p in Path().rglob("*") if not p.is_dir()}
-        return {p: m for p, m in found.items() if p.parts[0] != "written é"}
-
-    wrong, ends, longest = [], Counter(), (0, None)
-    for k in range(1000):
-        what, call = case(k)
-        before, start, found = listing(), time.monotonic(), None
-        capsys.readouterr()
-        try:
-            with limits(20, 3 * 2 ** 30):
-                found = call()
-            end = "success"
-        except SystemExit as stop:
-            said = capsys.readouterr().err.strip().split("\n")
-            end = "exit"
-            if stop.code != 2 or "error: " not in said[-1] or len(said[-1]) > 800:
-                wrong.append((k, what, stop.code, said))
-        except (ValueError, OSError) as error:
-            end = "exception"
-            if not str(error).strip():
-                wrong.append((k, what, error))
-        except (Exception, Hang) as error:
-            end = "wrong"
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            wrong.append((k, what, repr(error)[:200], place.filename, place.lineno))
-        if isinstance(found, data.Views) and not (all(
-                x.isfinite().all() for x in (found.images, found.poses, found.background)) and
-                0 < found.focal < math.inf and 0 < found.scale < math.inf
-                and found.images.abs().max() <= 1):
-            wrong.append((k, what, "not finite"))
-        if "nan" in capsys.readouterr().out:
-            wrong.append((k, what, "shows NaN"))
-        if listing() != before:
-            wrong.append((k, what, "wrote", {*listing().items()} ^ {*before.items()}))
-        ends[end] += 1
-        longest = max(longest, (time.monotonic() - start, str(what)))
-    assert not wrong, "\n".join(map(str, wrong))
-    print(*ends.items(), "longest:", *longest)
-    assert min(ends["success"], ends["exit"], ends["exception"]) > 50

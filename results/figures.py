@@ -1,32 +1,32 @@
-"""Remakes the pictures and tables of README.md from the checkpoints.
+"""Remakes the tables of README.md, and pictures, from checkpoints.
 
-    python results/figures.py --out results             # all of them: long
-    python results/figures.py scores --checkpoints clevr1 cars
-    python results/figures.py samples t_r inpainting --scenes 16
+    python results/figures.py scores --checkpoint cars chairs
+    python results/figures.py turn pictures --checkpoint clevr1_blender --out results
+    python results/figures.py t_r --checkpoint clevr1 --data clevr1_blender
 
-scores      novel views and depth on held-out scenes, beside what needs no 3D
-shapes      clevr1 by shape, and how far cubes are turned as they should be
-marching    novel views by how many samples a ray has
-samples     NAME_samples.gif: 64 generated scenes, turning
-steps       steps.png: the same noise, by network calls, with times
-t_r         t_r.png, t_r_pictures.png: novel views by t_r, for inputs like the training set and not
-inpainting  NAME_inpainting.png: fillings of a hole of 40 % of the side; how well, how varied
-loss        loss.png: mean error by t
+scores      novel views of held-out scenes, beside what needs no 3D; overfitting; depth, where it is
+            known; by shape and material, where these are
+turn        NAME_turn.gif: generated scenes, turning
+pictures    NAME_reconstruct.png, NAME_inpaint.png: held-out pictures, the truth, ours, depth;
+            a hole filled in two ways
 generation  how good generated scenes are, by networks that judge.py trains on the set itself
-together    together.png: scenes put together from clevr1's objects, beside clevr's
-training    training.png: samples and novel views during thirty minutes of training
+t_r         NAME_t_r.png, NAME_t_r_pictures.png: novel views by t_r, for pictures like the training
+            set's and not; with --data a table alone, of another set's pictures
+inpainting  NAME_holes.png: fillings of a hole of 40 % of the side; how well, how varied
+steps       NAME_steps.png: the same noise, by network calls, with times and Frechet distances
 
-Prints Markdown tables, writes pictures to --out. Scenes are held out: trainings use other seeds
-(but `together` shows what a training sees).
+Prints Markdown tables, writes pictures to --out. Scenes are held out: trainings do not see them.
+A checkpoint is a file or a name in checkpoints/; what is made of it has the name of its file. On
+two CPU cores a 64x64 scene takes 0.6 s to generate, so all of this takes an hour or more.
 """
 import argparse
 import math
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -34,9 +34,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import renderdiffusion as rd
-from ablations import put_together
-from judge import judge
-from data import CLEVR_SHAPES, SETS, camera_rays, random_scenes, synthetic, trace
+from data import (CLEVR_NAMES, CLEVR_SHAPES, SETS, camera_rays, load, progress, random_scenes,
+                  synthetic, trace)
+from judge import clevr_kinds, frechet, judge, parameters, train_reader
 
 
 def table(*rows):
@@ -45,9 +45,16 @@ def table(*rows):
     print("\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n", flush=True)
 
 
+def held_out(model, count, views, name=None):
+    """`Views` of scenes of the model's own set, or another, that its training left out."""
+    return load(name or model.config.data, count, views, model.config.resolution, "test",
+                device=model.background.device)
+
+
+@torch.no_grad()
 def compare(model, planes, views, v):
     """Mean PSNR of planes (N, ...) seen from view v of `Views`, against its picture."""
-    shown = model.render(planes, views.poses[:, v])[0]
+    shown = model.render(planes, views.poses[:, v], focal=views.focal)[0]
     return rd.psnr(rd.to_unit(shown), rd.to_unit(views.images[:, v])).mean().item()
 
 
@@ -81,204 +88,210 @@ def depth_error(model, views):
     return [(guess - truth).abs()[seen].mean().item() for guess in (depth, empty)]
 
 
-def scores(models, out, count=256):
-    """A row for each checkpoint: `evaluate` on `count` scenes x 4 novel views, and depth."""
-    rows = [("set", "input view", "**novel views**", "mean image", "input copied",
-             "depth error", "of the empty ground")]
+def kinds_of(views):
+    """Numbers of the scenes of single CLEVR objects, by shape and by material."""
+    if views.name not in ("clevr1", "clevr1_blender"):
+        return {}
+    values = parameters(views.name, len(views))
+    masks = {shape: values[:, :3].argmax(1) == k for k, shape in enumerate(CLEVR_SHAPES)}
+    masks |= {"rubber": values[:, 6] == 0, "metal": values[:, 6] > 0}
+    return {kind: mask.nonzero()[:, 0] for kind, mask in masks.items() if mask.any()}
+
+
+def scores(models, args, count=256):
+    """A row for each checkpoint: `evaluate` on `count` scenes x 4 novel views; the input view of as
+    many training pictures; depth; and a row for each shape and material."""
+    rows = [("set", "scenes", "input view", "**novel views**", "mean image", "input copied",
+             "training pictures' input view, dB", "depth error", "of the empty ground")]
+    kinds = [("set", "kind", "scenes", "input view", "novel views")]
     for name, model in models.items():
-        views = synthetic(name, count, 5, model.config.resolution, rd.HELD_OUT)
-        found = ["{psnr:.2f} / {ssim:.3f}".format(**score)
+        config, views = model.config, held_out(model, count, 5)
+        shown = ["{psnr:.2f} / {ssim:.3f}".format(**score)
                  for score in rd.evaluate(model, views).values()]
-        novel, mean, copied = found[1:]
-        depths = map("{:.3f}".format, depth_error(model, views[:min(count, 64)]))
-        rows.append((name, found[0], f"**{novel}**", mean, copied, *depths))
-    print(f"PSNR in dB / SSIM, {count} held-out scenes x 4 novel views; depth in world units")
+        trained = load(config.data, len(views), 1, config.resolution, "train", config.seed,
+                       model.background.device)
+        parts = [trained[i:i + 32] for i in range(0, len(trained), 32)]
+        trained = sum(len(some) * compare(model, rd.reconstruct(model, some.images[:, 0]), some, 0)
+                      for some in parts) / len(trained)
+        depths = ["", ""] if views.depth is None else map("{:.3f}".format,
+                                                          depth_error(model, views[:64]))
+        rows.append((name, len(views), shown[0], f"**{shown[1]}**", *shown[2:], f"{trained:.2f}",
+                     *depths))
+        print(*rows[-1], sep=" | ", file=sys.stderr)            # the table comes after all of them
+        for kind, chosen in kinds_of(views).items():
+            some = rd.evaluate(model, views[chosen.to(views.images.device)])
+            kinds.append((name, kind, len(chosen), *("{psnr:.2f} / {ssim:.3f}".format(**some[key])
+                                                     for key in ("input", "novel"))))
+    print("PSNR in dB / SSIM, t_r = 0, 4 novel views a scene; depth in world units, of 64 scenes")
     table(*rows)
-
-
-@torch.no_grad()
-def turn_correlation(model, planes, scenes, height=-0.2):
-    """How far planes (N, 3, C, n, n) of `Scenes` of one cube show its turn, one number: 1 as they
-    should, 0 not at all (discs), below 0 wrongly.
-
-    The correlation of predicted with true occupancy on a level grid through the cubes, each less
-    its mean over the cubes of that size: what is left is what their turns make of it.
-    """
-    x, y = torch.meshgrid(torch.linspace(-0.6, 0.6, 33), torch.linspace(-0.6, 0.6, 33),
-                          indexing="ij")
-    points = torch.stack([x, y, torch.full_like(x, height)], dim=-1).view(1, -1, 3)
-    matrix = scenes.to_world[:, 0]                                             # (N, 3, 4)
-    inside = torch.linalg.solve(matrix[..., :3], (points - matrix[:, None, :, 3]).mT).abs().amax(1)
-    points = points.expand(len(planes), -1, 3)
-    density, _ = model.mlp(points, rd.sample_triplanes(planes, points))
-    found, true = 1 - torch.exp(-0.1 * density), (inside < 1).float()          # (N, P)
-    large = matrix[..., 0].norm(dim=1) > 0.28               # half sides are 0.25 and 0.31
-    found, true = (torch.cat([some[size] - some[size].mean(0) for size in (large, ~large)])
-                   for some in (found, true))
-    return F.cosine_similarity(found.flatten(), true.flatten(), dim=0).item()
-
-
-@torch.no_grad()
-def shapes(models, out, count=288):
-    """Mean PSNR of the input and two novel views of each of clevr1's shapes."""
-    if "clevr1" not in models:
-        return
-    model, rows = models["clevr1"], [("clevr1", "scenes", "input view, dB", "novel views, dB")]
-    views = synthetic("clevr1", count, 3, model.config.resolution, rd.HELD_OUT, depth=False)
-    scenes = random_scenes("clevr1", count, rd.HELD_OUT)
-    for kind, name in enumerate(CLEVR_SHAPES):
-        chosen = (scenes.kind[:, 0] == kind).nonzero()[:, 0]
-        some = views[chosen]
-        planes = rd.reconstruct(model, some.images[:, 0])
-        novel = (compare(model, planes, some, 1) + compare(model, planes, some, 2)) / 2
-        rows.append((name, len(chosen), f"{compare(model, planes, some, 0):.1f}", f"{novel:.1f}"))
-        if name == "cube":
-            cubes = replace(scenes, to_world=scenes.to_world[chosen])
-            turn = turn_correlation(model, planes, cubes)
-            print(f"correlation with the cubes' turns: {turn:.2f}")
-    table(*rows)
-
-
-@torch.no_grad()
-def loss(models, out, count=64):
-    """Mean |x0_hat - x0| by t, from the picture's own camera."""
-    times, curves = [0, 100, 250, 400, 550, 700, 800, 900, 950, 1000], {}
-    for name, model in models.items():
-        views = synthetic(name, count, 1, model.config.resolution, rd.HELD_OUT, depth=False)
-        x0, poses, errors = views.images[:, 0], views.poses[:, 0], []
-        torch.manual_seed(0)
-        for t in times:
-            x_t = model.schedule.add_noise(x0, t, torch.randn_like(x0))
-            errors.append((model(x_t, t, poses) - x0).abs().mean().item())
-        curves[name] = times, errors
-    plot(out / "loss.png", curves, "t", "mean |error|, images in [-1, 1]")
-    table(("t", *times), *((name, *map("{:.3f}".format, y)) for name, (_, y) in curves.items()))
-
-
-@torch.no_grad()
-def marching(models, out, count=24):
-    """Novel views by samples a ray: at random, as training places them, or evenly, as `render`."""
-    ways = ((16, 0, True), (24, 0, True), (32, 0, True), (12, 12, True), (12, 12, False),
-            (16, 16, False), (64, 64, False))           # stratified, importance, at random
-    rows = [("novel views, dB", *(f"{k} + {fine}" + " random" * loose for k, fine, loose in ways))]
-    for name, model in models.items():
-        S = model.config.resolution
-        views = synthetic(name, count, 2, S, rd.HELD_OUT, depth=False)
-        planes, truth = rd.reconstruct(model, views.images[:, 0]), rd.to_unit(views.images[:, 1])
-        rays = camera_rays(views.poses[:, 1], views.focal, S)
-
-        def field(points):
-            return model.mlp(points, rd.sample_triplanes(planes, points))
-        torch.manual_seed(0)
-        shown = [rd.march(field, *rays, k, fine, model.background,
-                          torch.rand(count, S * S, k + fine) if loose else None)[0]
-                 for k, fine, loose in ways]
-        rows.append((name, *(f"{rd.psnr(rgb.mT.reshape(-1, 3, S, S), truth).mean():.2f}"
-                             for rgb in shown)))
-    table(*rows)
+    if len(kinds) > 1:
+        table(*kinds)
 
 
 # ---- Generated scenes --------------------------------------------------------------------------
 
-@torch.no_grad()
-def samples(models, out, count=64, frames=16):
-    """Generated scenes of each set, eight a row, turning once round."""
+def turn(models, args, count=4, frames=24, colors=256):
+    """Generated scenes side by side, turning once round, in one palette, which makes a GIF of half
+    the size."""
     for name, model in models.items():
-        S, rows = model.config.resolution, math.ceil(count / 8)
-        _, planes = rd.generate(model, rd.turn_poses(model, 0, 8 * rows), steps=20, eta=0)
-        pictures = []
-        for pose in rd.turn_poses(model, 0, frames):
-            shown = model.render(planes, pose)[0].view(rows, 8, 3, S, S)
-            shown = shown.permute(2, 0, 3, 1, 4).reshape(1, 3, rows * S, 8 * S)
-            frame = Image.fromarray(rd.to_bytes(shown)[0])
-            pictures.append(frame.resize((16 * S, 2 * rows * S), Image.Resampling.NEAREST))
-        rd.write(out / f"{name}_samples.gif", lambda file: pictures[0].save(
-            file, format="GIF", save_all=True, loop=0, duration=120, append_images=pictures[1:]))
+        path = args.out / f"{name}_turn.gif"
+        _, planes = rd.generate(model, rd.turn_poses(model, 0, count), seed=args.seed)
+        rd.save_turntable(path, model, planes, frames)
+        with Image.open(path) as gif:
+            shown = []
+            for i in range(gif.n_frames):
+                gif.seek(i)
+                shown.append(np.array(gif.convert("RGB")))
+        palette = Image.fromarray(np.concatenate(shown)).quantize(colors)
+        shown = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE)
+                 for frame in shown]
+        rd.write(path, lambda file: shown[0].save(file, format="GIF", save_all=True, loop=0,
+                                                  duration=80, append_images=shown[1:]))
+        print(f"wrote {path}, {path.stat().st_size / 1e3:.0f} kB")
 
 
-def steps(models, out, count=8, calls=(10, 15, 20, 25, 50, 250, 1000)):
-    """The same noise denoised by more and more network calls, by the first checkpoint."""
-    for model in list(models.values())[:1]:
-        rows, poses = {}, rd.turn_poses(model, 0, count)
-        rd.generate(model, poses, 1)                                           # warms up
+@torch.no_grad()
+def pictures(models, args, count=6):
+    """Held-out pictures: the truth from another side, ours and depth; half of each filled in two
+    ways, and seen from other sides."""
+    for name, model in models.items():
+        views = held_out(model, count, 2)
+        images, poses, there = views.images[:, 0], views.poses[:, 0], views.poses[:, 1]
+        planes = rd.reconstruct(model, images)
+        shown, depth = rd.show(model, planes, there)
+        rd.save_grid(args.out / f"{name}_reconstruct.png", {
+            "input": images, "truth, another side": views.images[:, 1], "ours, there": shown,
+            "its depth": depth, "ours, turned by 160°": rd.show(model, planes, poses, 160)[0]})
+        masks = torch.ones_like(images[:, :1])
+        masks[:, :, :masks.shape[-1] * 9 // 16] = 0             # the upper half of most objects
+        rows = {"input": images, "hidden in part": images * masks - 0.5 * (1 - masks)}
+        for k in (1, 2):
+            filled, planes = rd.inpaint(model, images, masks, poses, seed=args.seed + k)
+            rows |= {f"filling {k}": filled} | {
+                f"{k}, turned by {angle}°": rd.show(model, planes, poses, angle)[0]
+                for angle in (40, 160)}
+        rd.save_grid(args.out / f"{name}_inpaint.png", rows)
+        print(f"wrote {args.out / name}_reconstruct.png and {name}_inpaint.png")
+
+
+def generation(models, args, count=128, **options):
+    """How good generated scenes are: `judge`'s tables."""
+    rows = [("set", "pictures", "Frechet", "coverage", "told from real", "told from reconstructed",
+             "solidness", "scenes below 0.9")]
+    kinds = [("set", "pictures, %", *CLEVR_SHAPES, *CLEVR_NAMES)]
+    for name, model in models.items():
+        for total, new in zip((rows, kinds), judge(name, model, count, **options)):
+            total += new
+            print(*(" | ".join(row) for row in new), sep="\n", file=sys.stderr)
+    print(f"up to {count} scenes of each kind, two pictures of each; told: 50 % is chance, +- "
+          f"{100 * math.sqrt(0.5 / count):.0f} %; solidness: mean opacity where the object is")
+    table(*rows)
+    if len(kinds) > 1:
+        table(*kinds)
+
+
+def steps(models, args, count=64, calls=(5, 10, 20, 50), **options):
+    """The same noise denoised by more and more network calls; the Frechet distance of `count`
+    pictures to as many held-out ones, as `judge` has it, beside that of other held-out ones."""
+    for name, model in models.items():
+        config, device, rows = model.config, model.background.device, {}
+        describe, _ = train_reader(config.data, config.resolution, device=device, **options)
+        views = held_out(model, count, 2)
+        real = describe(views.images[:, 0])
+        others = f"{frechet(describe(views.images[:, 1]), real):.2f}"
+        found = [(f"{name}: network calls", "Frechet", "s a picture"), ("other views", others, "")]
         for n in calls:
             start = time.time()
-            images, _ = rd.generate(model, poses, n, eta=0, seed=1)
-            rows[f"{n} calls, {(time.time() - start) / count:.2f} s each"] = images
-        rd.save_grid(out / "steps.png", rows)
+            images = torch.cat([rd.generate(model, some, n, seed=i)[0]
+                                for i, some in enumerate(views.poses[:, 0].split(16))])
+            second = (time.time() - start) / count
+            rows[f"{n} calls, {second:.2f} s each"] = images[:8]
+            found.append((n, f"{frechet(describe(images), real):.2f}", f"{second:.2f}"))
+        rd.save_grid(args.out / f"{name}_steps.png", rows)
+        table(*found)
 
 
 # ---- Pictures unlike the training set, and pictures with a hole --------------------------------
 
-def unlike(name, count, resolution):
-    """`Views` of the same held-out scenes, two views each, as they are and changed.
+def unlike(views):
+    """`Views` of two views as they are and changed, by what is changed.
 
-    What belongs to the scene (light, ground, colours) is changed in both views, what belongs to
-    the picture (noise, stripes, blur) in the first alone: the second is the truth.
+    What belongs to the scene (light, ground, colours) is changed in both views, of built-in sets
+    alone; what belongs to the picture (noise, stripes, blur) in the first: the second is the truth.
     """
-    plain = synthetic(name, count, 2, resolution, rd.HELD_OUT, depth=False)
-    scenes = random_scenes(name, count, rd.HELD_OUT)
-    stripes = torch.where(torch.arange(resolution) % 4 < 2, -1.0, 1.0)     # two pixels wide each
-    noise = torch.randn(plain.images[:, 0].shape, generator=torch.Generator().manual_seed(0))
+    S, device = views.images.shape[-1], views.images.device
+    stripes = torch.where(torch.arange(S, device=device) % 4 < 2, -1.0, 1.0)   # two pixels wide
+    noise = rd.standard_normal(views.images[:, 0], torch.Generator().manual_seed(0))
 
     def traced(**changes):
-        images, _ = trace(replace(scenes, **changes), plain.poses, plain.focal, resolution,
-                          depth=False)
-        return replace(plain, images=images)
+        scenes = random_scenes(views.name, len(views), -1, device=device)
+        changes = {key: change(getattr(scenes, key)) for key, change in changes.items()}
+        return replace(views, images=trace(replace(scenes, **changes), views.poses, views.focal, S,
+                                           depth=False)[0])
 
     def taken(change):
-        images = plain.images.clone()
+        images = views.images.clone()
         images[:, 0] = change(images[:, 0]).clamp(-1, 1)
-        return replace(plain, images=images)
+        return replace(views, images=images)
 
-    return {"as it is": plain,
-            "a palette never seen": traced(color=scenes.color.roll(1, -1) * 0.6 + 0.3),     # paler
-            "yellowish ground": traced(background=(0.80, 0.70, 0.45)),
-            "light from another side": traced(light=(1.0, -1.0, 2.8284)),
-            "noise": taken(lambda x: x + 0.4 * noise),
-            "stripes": taken(lambda x: x + 0.3 * stripes),
-            "blur": taken(lambda x: F.interpolate(F.avg_pool2d(x, 4), x.shape[2:],
-                                                  mode="bilinear"))}
+    return {"as it is": views} | ({} if views.name not in SETS else {
+        "a palette never seen": traced(color=lambda x: x.roll(1, -1) * 0.6 + 0.3),      # paler
+        "yellowish ground": traced(background=lambda x: (0.80, 0.70, 0.45)),
+        "light from another side": traced(light=lambda x: (1.0, -1.0, 2.8284))}) | {
+        "noise": taken(lambda x: x + 0.4 * noise),
+        "stripes": taken(lambda x: x + 0.3 * stripes),
+        "blur": taken(lambda x: F.interpolate(F.avg_pool2d(x, 4), x.shape[2:], mode="bilinear"))}
 
 
-def t_r(models, out, count=32, levels=(0, 25, 50, 100, 200, 300, 500, 700, 1000)):
-    """Novel views by t_r, of the first checkpoint."""
-    for name, model in list(models.items())[:1]:
-        curves, rows = {}, {}
-        for what, views in unlike(name, count, model.config.resolution).items():
+@torch.no_grad()
+def t_r(models, args, count=16, levels=(0, 25, 50, 100, 200, 300, 500, 700, 1000)):
+    """Novel views by t_r, of pictures like the training set's and not; or of --data's pictures."""
+    for name, model in models.items():
+        views, curves, rows = held_out(model, count, 2, args.data), {}, {}
+        sets = {args.data: views} if args.data else unlike(views)
+        for what, views in sets.items():
             planes = [rd.reconstruct(model, views.images[:, 0], views.poses[:, 0], level)
-                      for level in levels]
+                      for level in progress(levels, len(levels), f"{what}, levels of noise")]
             curves[what] = levels, [compare(model, some, views, 1) for some in planes]
             rows[what] = torch.cat([views.images[:1, 0], *(
                 model.render(some[:1], views.poses[:1, 1])[0] for some in planes),
                 views.images[:1, 1]])
-        plot(out / "t_r.png", curves, "t_r", "novel view, PSNR in dB")
-        labels = ["input", *(f"t_r = {level}" for level in levels), "truth"]
-        columns = torch.stack(list(rows.values()), 1)              # (labels, kinds, 3, S, S)
-        rd.save_grid(out / "t_r_pictures.png", dict(zip(labels, columns)))
-        table((f"{name}, t_r", *levels), *((what, *map("{:.1f}".format, y))
-                                           for what, (_, y) in curves.items()))
+        heading, found = [f"{name}, t_r", *levels], [[what, *map("{:.1f}".format, y)]
+                                                     for what, (_, y) in curves.items()]
+        if args.data:
+            truth = rd.to_unit(views.images[:, 1])
+            guesses = views.images.mean((0, 1)), views.images[:, 0]
+            found[0] += [f"{rd.psnr(rd.to_unit(guess.expand_as(truth)), truth).mean():.1f}"
+                         for guess in guesses]
+            heading += ["mean image", "input copied"]
+        else:
+            plot(args.out / f"{name}_t_r.png", curves, "t_r", "novel view, PSNR in dB")
+            labels = ["input", *(f"t_r = {level}" for level in levels), "truth"]
+            columns = torch.stack(list(rows.values()), 1)          # (labels, kinds, 3, S, S)
+            rd.save_grid(args.out / f"{name}_t_r_pictures.png", dict(zip(labels, columns)))
+        print(f"{len(views)} held-out scenes, novel view, PSNR in dB")
+        table(heading, *found)
 
 
-def inpainting(models, out, count=32, fillings=3):
+@torch.no_grad()
+def inpainting(models, args, count=16, fillings=3):
     """Holes of 40 % of the side: error, variety, and how well planes keep what was known."""
     rows = [("set", "error in the hole", "other colour", f"std of {fillings} fillings",
              "known pixels, planes", "the same, nothing hidden", "novel view, dB")]
     for name, model in models.items():
-        S = model.config.resolution
-        views = synthetic(name, count, 2, S, rd.HELD_OUT, depth=False)
-        images, poses, masks = views.images[:, 0], views.poses[:, 0], torch.ones(count, 1, S, S)
+        views = held_out(model, count, 2)
+        images, poses, S = views.images[:, 0], views.poses[:, 0], views.images.shape[-1]
+        N, masks = len(views), torch.ones_like(images[:, :1])
         masks[:, :, round(0.3 * S):round(0.7 * S), round(0.3 * S):round(0.7 * S)] = 0
         hole = (masks < 0.5).expand_as(images)
 
         def known(planes):
-            error = ((model.render(planes, poses)[0] - images) / 2)[~hole].view(count, -1)
+            error = ((model.render(planes, poses)[0] - images) / 2)[~hole].view(N, -1)
             return -10 * error.square().mean(1).log10().mean().item()
-        made = [rd.inpaint(model, images, masks, poses, 20, jump_n_sample=2, seed=seed)
-                for seed in range(fillings)]
-        filled = torch.stack([image for image, _ in made])                     # (F, B, 3, S, S)
-        error = torch.stack([(image - images).abs()[hole].view(count, -1).mean(1)
-                             for image in filled])                             # (F, B)
+        made = [rd.inpaint(model, images, masks, poses, seed=seed) for seed in range(fillings)]
+        filled = torch.stack([image for image, _ in made])                     # (F, N, 3, S, S)
+        error = torch.stack([(image - images).abs()[hole].view(N, -1).mean(1)
+                             for image in filled])                             # (F, N)
         rows.append((name, f"{error.mean():.3f}", f"{(error > 0.2).sum()} of {error.numel()}",
                      f"{filled.std(0)[hole].mean():.3f}", f"{known(made[0][1]):.1f} dB",
                      f"{known(rd.reconstruct(model, images)):.1f} dB",
@@ -288,79 +301,42 @@ def inpainting(models, out, count=32, fillings=3):
         for k, (image, planes) in enumerate(made):
             shown[f"filling {k + 1}"] = image[:8]
             shown[f"{k + 1}, from the side"] = model.render(planes[:8], views.poses[:8, 1])[0]
-        rd.save_grid(out / f"{name}_inpainting.png",
+        rd.save_grid(args.out / f"{name}_holes.png",
                      shown | {"the side's truth": views.images[:8, 1]})
     table(*rows)
 
 
-def generation(models, out, count=256, readable=8192):
-    """How good generated scenes are: `judge`'s tables."""
-    rows, kinds = judge(models, count, readable)
-    print(f"{count} scenes of each kind, two pictures of each; told: 50 % is chance, +- "
-          f"{100 * math.sqrt(0.5 / count):.0f} %")
-    table(*rows)
-    if len(kinds) > 1:
-        table(*kinds)
-
-
-def together(models, out, count=8):
-    """What taught `clevr`: scenes of clevr1's objects, from two sides; below, others of the set."""
-    if not {"clevr1", "clevr"} <= set(models):
-        return
-    config = models["clevr"].config
-    torch.manual_seed(3)
-    (a, _), (b, _) = put_together(models["clevr1"], config, count=count)
-    views = synthetic("clevr", count, 1, config.resolution, rd.HELD_OUT, depth=False)
-    rd.save_grid(out / "together.png", {"put together": a, "from another side": b,
-                                        "others, traced": views.images[:, 0]})
-
-
-def training(models, out, count=64, minutes=30.0, marks=(1, 2, 5, 10)):
-    """One training of the first set from nothing, looked at after some minutes (its clock runs on
-    meanwhile, some seconds) and at its end, where the learning rate has fallen."""
-    name, rows, scored = next(iter(models)), {}, [("minutes", "input view, dB", "novel views, dB")]
-    marks = [mark for mark in marks if mark < minutes]
-    views = synthetic(name, count, 3, 32, rd.HELD_OUT, depth=False)
-
-    def look(model, mark):
-        scores = rd.evaluate(model, views)
-        scored.append((f"{mark:g}", *(f"{scores[key]['psnr']:.1f}" for key in ("input", "novel"))))
-        rows[f"{mark:g} min"], _ = rd.generate(model, rd.turn_poses(model, 0, 8), 20, eta=0.0)
-
-    def watched(model, ema, x0, poses, progress, *rest):
-        if marks and progress * minutes >= marks[0]:
-            look(ema, marks.pop(0))
-        return rd.denoising_loss(model, ema, x0, poses, progress, *rest)
-    with tempfile.TemporaryDirectory() as folder:
-        config = rd.Config(data=name, minutes=minutes, out=folder, device="cpu")
-        look(rd.train(config, watched), minutes)
-    rd.save_grid(out / "training.png", rows)
-    table(*zip(*scored))
-
-
-FIGURES = {f.__name__: f for f in (scores, shapes, marching, samples, steps, t_r, inpainting, loss,
-                                   generation, together, training)}
+FIGURES = {f.__name__: f for f in (scores, turn, pictures, generation, t_r, inpainting, steps)}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", metavar="FIGURE", help=", ".join(FIGURES))
-    parser.add_argument("--checkpoints", nargs="+", metavar="NAME", help="in checkpoints/",
-                        default=[name for name in SETS if (rd.SHIPPED / f"{name}.pt").is_file()])
-    parser.add_argument("--scenes", type=int, help="how many, 64 at least for generation; "
-                        "default: each figure's own number")
+    parser.add_argument("what", nargs="+", metavar="FIGURE", help=", ".join(FIGURES))
+    parser.add_argument("--checkpoint", "--checkpoints", nargs="+", metavar="NAME",
+                        default=sorted(path.stem for path in rd.SHIPPED.glob("*.pt")),
+                        help="names in checkpoints/, or files; default: all that are shipped")
+    parser.add_argument("--data", help="another set, for t_r")
+    parser.add_argument("--scenes", type=int, help="how many, 64 at least for generation and "
+                        "steps; default: each figure's own number")
+    parser.add_argument("--seed", type=int, default=0, help="of generated scenes and fillings")
+    parser.add_argument("--device", default="auto", help="auto or a torch device")
     parser.add_argument("--out", type=Path, default="out", help="folder for the pictures")
     args = parser.parse_args(argv)
     if unknown := set(args.what) - set(FIGURES):
         parser.error(f"there is no {', '.join(sorted(unknown))}; choose from {', '.join(FIGURES)}")
-    if unknown := set(args.checkpoints) - set(SETS):
-        parser.error(f"there is no set {', '.join(sorted(unknown))}: name shipped checkpoints")
-    if args.scenes and args.scenes < 64 and "generation" in (args.what or FIGURES):
-        parser.error(f"--scenes {args.scenes} is too few to judge generated scenes: 64 at least")
-    models = {name: rd.load_checkpoint(name) for name in args.checkpoints}
-    for name in args.what or FIGURES:
-        FIGURES[name](models, args.out, *([args.scenes] if args.scenes else []))
+    least = 64 if {"generation", "steps"} & set(args.what) else 1
+    if args.scenes is not None and args.scenes < least:
+        parser.error(f"--scenes must be at least {least}, not {args.scenes}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        device = rd.pick_device(args.device)
+        models = {Path(name).name.removesuffix(".pt"): rd.load_checkpoint(name, device)
+                  for name in args.checkpoint}
+        for what in args.what:
+            FIGURES[what](models, args, **({"count": args.scenes} if args.scenes else {}))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ Everything is compared with something known: a closed form, a plain loop, a dire
 import json
 import math
 import os
+import sys
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,37 +16,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 from data import (BOX, CLEVR_COLORS, CLEVR_NAMES, CLEVR_SCALE, CYLINDER, EMPTY, SETS, SPHERE,
-                  Scenes, camera_rays, load, load_clevr567, load_folder, load_srn, orbit,
+                  Scenes, camera_rays, load, load_folder, load_srn, orbit,
                   random_poses, random_scenes, read_image, read_mask, synthetic, trace,
                   training_pictures)
-
-
-# Scenes by hand ---------------------------------------------------------------------------------
-
-def make_scene(*primitives, ground=-0.5, light=(-1.0, -1.0, 2.8284), background=(0.75,) * 3):
-    """One scene of (kind, 3x3 axes in columns, center, color, shine)."""
-    kind = torch.tensor([[p[0] for p in primitives]])
-    to_world = torch.tensor(np.array([[np.c_[p[1], p[2]] for p in primitives]])).float()
-    color = torch.tensor([[p[3] for p in primitives]]).float()
-    shine = torch.tensor([[float(p[4]) for p in primitives]])
-    return Scenes(kind, to_world, color, shine, ground, background, light)
-
-
-def rotation_z(angle):
-    c, s = math.cos(angle), math.sin(angle)
-    return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
-
-
-def ground_depth(poses, focal, side, ground):
-    """Depth of an empty scene."""
-    origin, direction = camera_rays(poses, focal, side)
-    depth = (ground - origin[..., 2]) / direction[..., 2]
-    return torch.where(direction[..., 2] < 0, depth, math.inf).view(-1, side, side)
-
-
-SLANTED = np.array([[0.5, 0.1, 0.2], [0.0, 0.3, -0.1], [-0.1, 0.05, 0.4]])
 
 
 # Cameras ----------------------------------------------------------------------------------------
@@ -58,14 +36,14 @@ def test_orbit_looks_at_its_target():
     assert torch.allclose(torch.linalg.cross(right, down), into, atol=1e-6)
     assert torch.allclose(right[:, 2], torch.zeros(4)) and (down[:3, 2] < 0).all()
     assert torch.equal(poses[:, 3], torch.tensor([0.0, 0, 0, 1]).expand(4, 4))
-    assert torch.allclose(center[0] - target, torch.tensor([2.5, 0, 0]), atol=1e-6)
-    toward_y = torch.tensor([0, 2.5 * math.cos(math.pi / 6), 1.25])
-    assert torch.allclose(center[1] - target, toward_y, atol=1e-6)
+    toward = torch.tensor([[2.5, 0, 0], [0, 2.5 * math.cos(math.pi / 6), 1.25]])
+    assert torch.allclose(center[:2] - target, toward, atol=1e-6)
     assert orbit(10, 20, 2).shape == (4, 4)
     assert orbit(torch.zeros(3, 1), azimuth, 2).shape == (3, 4, 4, 4)
-    config = SimpleNamespace(elevation=(20.0, 50.0), radius=2.7)
-    turned = data.turn_poses(SimpleNamespace(config=config, background=torch.zeros(3)), 45, 4)
-    assert torch.allclose(turned, orbit(torch.tensor([45.0, 135, 225, 315]), 35, 2.7), atol=1e-6)
+    model = SimpleNamespace(config=SimpleNamespace(elevation=(20.0, 50.0), radius=2.7),
+                            background=torch.zeros(3))
+    assert torch.allclose(data.turn_poses(model, 45, 4),
+                          orbit(torch.tensor([45.0, 135, 225, 315]), 35, 2.7), atol=1e-6)
 
 
 def test_rays_agree_with_a_pinhole_projection():
@@ -75,14 +53,34 @@ def test_rays_agree_with_a_pinhole_projection():
     points = (origin + 1.7 * direction)[0].double().numpy()
     intrinsics = np.array([[focal * side, 0, side / 2], [0, focal * side, side / 2], [0, 0, 1]])
     world_to_camera = np.linalg.inv(pose.double().numpy())
-    pixels = intrinsics @ (world_to_camera[:3, :3] @ points.T + world_to_camera[:3, 3:])
+    x, y, z = intrinsics @ (world_to_camera[:3, :3] @ points.T + world_to_camera[:3, 3:])
     rows, columns = np.divmod(np.arange(side ** 2), side)
-    assert (pixels[2] > 0).all()
-    np.testing.assert_allclose(pixels[0] / pixels[2], columns + 0.5, atol=1e-4)
-    np.testing.assert_allclose(pixels[1] / pixels[2], rows + 0.5, atol=1e-4)
+    assert (z > 0).all()
+    np.testing.assert_allclose([x / z, y / z], [columns + 0.5, rows + 0.5], atol=1e-4)
 
 
 # The ray tracer ---------------------------------------------------------------------------------
+
+ROUND = orbit(torch.tensor([33.0, 251.0, 20.0]), torch.tensor([28.0, -10.0, 5.0]), 2.7)
+SLANTED = np.array([[0.5, 0.1, 0.2], [0.0, 0.3, -0.1], [-0.1, 0.05, 0.4]])
+
+
+def make_scene(*primitives, ground=-0.5, light=(-1.0, -1.0, 2.8284), background=(0.75,) * 3):
+    """One scene of (kind, 3x3 axes in columns, center, color, shine)."""
+    kind, axes, center, color, shine = (np.array([column]) for column in zip(*primitives))
+    to_world = np.concatenate([axes, center[..., None]], 3)
+    return Scenes(torch.tensor(kind), *(torch.tensor(x).float() for x in (to_world, color, shine)),
+                  ground, background, tuple(light))
+
+
+def hits(scene, poses, focal, side):
+    """The colours (V, S, S, 3) in [0, 1], depth (V, S, S), and where and by which rays it is hit
+    (V, S, S, 3), of one scene from poses (V, 4, 4)."""
+    images, depth = trace(scene, poses[None], focal, side, samples=1)
+    origin, direction = (x.view(-1, side, side, 3) for x in camera_rays(poses, focal, side))
+    points = origin + direction * depth[0, ..., None]
+    return (images[0].movedim(1, -1) + 1) / 2, depth[0], points, direction
+
 
 def reference_depth(kind, matrix, center, origin, direction):
     """The first of the roots that lie on the surface, for one ray, in double precision."""
@@ -102,41 +100,44 @@ def reference_depth(kind, matrix, center, origin, direction):
     return min(roots, default=math.inf)
 
 
-@pytest.mark.parametrize("kind", [SPHERE, BOX, CYLINDER])
-def test_primitives_agree_with_a_loop_and_their_brightness_with_the_slope_of_the_depth(kind):
-    center, side = np.array([0.1, 0.05, 0.0]), 17
-    scene = make_scene((kind, SLANTED, center, (0.8, 0.8, 0.8), 0), ground=-9.0)
-    poses = orbit(torch.tensor([33.0, 251.0, 20.0]), torch.tensor([28.0, -10.0, 5.0]), 2.7)
-    depth = trace(scene, poses[None], 1.6, side)[1][0]
-    rays = (x.double().numpy() for x in camera_rays(poses, 1.6, side))
-    expected = np.array([[reference_depth(kind, SLANTED, center, o, d) for o, d in zip(*pair)]
-                         for pair in zip(*rays)]).reshape(3, side, side)
-    expected = np.minimum(expected, ground_depth(poses, 1.6, side, -9.0).numpy())
-    assert (expected < 3.5).sum() > 50 and np.isinf(expected).any()
-    np.testing.assert_allclose(depth.numpy(), expected, rtol=2e-4)
+def test_the_first_hit_agrees_with_a_loop_over_rays_and_primitives():
+    """Three that overlap, each in its own colour, and the ground; the sky is at inf."""
+    parts = [(kind, 0.7 * SLANTED, center, color, 0) for kind, center, color in zip(
+        (SPHERE, BOX, CYLINDER), np.eye(3) * 0.3, np.eye(3))]
+    poses, side = ROUND, 25
+    color, depth, _, direction = hits(make_scene(*parts, ground=-9.0), poses, 1.6, side)
+    ground = ((-9 - poses[:, 2, 3].view(3, 1, 1)) / direction[..., 2]).numpy()
+    expected = np.array([[[*(reference_depth(kind, axes, center, pose[:3, 3], ray)
+                             for kind, axes, center, *_ in parts)] for ray in rays]
+                         for pose, rays in zip(poses.double().numpy(),
+                                               direction.view(3, -1, 3).double().numpy())])
+    first = expected.min(-1).reshape(3, side, side)
+    ground = np.where(ground > 0, ground, math.inf)
+    np.testing.assert_allclose(depth.numpy(), np.minimum(first, ground), rtol=2e-4)
+    owner = expected.argmin(-1).reshape(3, side, side)[np.isfinite(first)]
+    assert (color[np.isfinite(first)].argmax(-1).numpy() == owner).mean() > 0.99
+    assert np.bincount(owner).min() > 50 and depth.isinf().any()
 
-    images, depth = trace(scene, poses[None], 1.6, side := 96, samples=1)
-    origin, direction = camera_rays(poses, 1.6, side)
-    points = (origin + direction * depth.view(3, -1, 1)).view(3, side, side, 3).double()
+
+@pytest.mark.parametrize("kind", [SPHERE, BOX, CYLINDER])
+def test_brightness_agrees_with_the_slope_of_the_depth(kind):
+    scene = make_scene((kind, SLANTED, (0.1, 0.05, 0.0), (0.8, 0.8, 0.8), 0), ground=-9.0)
+    color, depth, points, _ = hits(scene, ROUND, 1.6, 96)
+    points = points.double()
     right = points[:, 1:-1, 2:] - points[:, 1:-1, :-2]
     down = points[:, 2:, 1:-1] - points[:, :-2, 1:-1]
     normal = F.normalize(torch.linalg.cross(down, right), dim=-1)
-    light = np.array(scene.light) / np.linalg.norm(scene.light)
-    facing = (normal @ torch.tensor(light)).clamp(min=0)
+    light = F.normalize(torch.tensor(scene.light).double(), dim=0)
     ambient = data.AMBIENT + data.FILL * (light[0] * normal[..., 1] - light[1] * normal[..., 0])
-    error = ((images[0, :, 0, 1:-1, 1:-1] + 1) / 2 - 0.8 * (ambient + data.DIFFUSE * facing)).abs()
-    on = depth[0, :, 1:-1, 1:-1] < 4
-    assert on.sum() > 2000 and (error[on] < 0.01).float().mean() > 0.85      # edges have no slope
-    assert (error[on] < 0.05).float().mean() > 0.93
+    expected = 0.8 * (ambient + data.DIFFUSE * (normal @ light).clamp(min=0))
+    error = (color[:, 1:-1, 1:-1, 0] - expected).abs()[depth[:, 1:-1, 1:-1] < 4]
+    assert len(error) > 2000 and (error < 0.01).float().mean() > 0.85        # edges have no slope
+    assert (error < 0.05).float().mean() > 0.93
 
 
-def test_nearest_of_overlapping_primitives_is_seen():
-    near = (BOX, np.diag([0.1, 0.6, 0.6]), (0.5, 0, 0), (1, 0, 0), 0)
-    far = (SPHERE, 0.4 * np.eye(3), (-0.3, 0, 0), (0, 1, 0), 0)
-    for order in ((near, far), (far, near)):
-        images, depth = trace(make_scene(*order), orbit(0, 0, 2.7)[None, None], 1.6, 17)
-        middle = images[0, 0, :, 8, 8]
-        assert middle[0] > -0.5 and middle[1] == -1 and abs(depth[0, 0, 8, 8] - 2.1) < 1e-5
+def rotation_z(angle):
+    c, s = math.cos(angle), math.sin(angle)
+    return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
 
 
 def test_scene_camera_and_light_turned_together_give_the_same_picture():
@@ -145,58 +146,45 @@ def test_scene_camera_and_light_turned_together_give_the_same_picture():
              (CYLINDER, 0.2 * np.eye(3), (-0.2, 0.4, -0.3), (0.3, 0.8, 0.2), 0.0)]
     turn, light = rotation_z(math.radians(77)), np.array([-1.0, -0.4, 2.0])
     turned = [(kind, turn @ axes, turn @ center, *look) for kind, axes, center, *look in parts]
-    before = trace(make_scene(*parts, light=tuple(light)), orbit(30, 30, 2.7)[None, None], 1.6, 32)
-    after = trace(make_scene(*turned, light=tuple(turn @ light)), orbit(107, 30, 2.7)[None, None],
-                  1.6, 32)
+    before = trace(make_scene(*parts, light=light), orbit(30, 30, 2.7)[None, None], 1.6, 32)
+    after = trace(make_scene(*turned, light=turn @ light), orbit(107, 30, 2.7)[None, None], 1.6, 32)
     for a, b in zip(before, after):
         assert ((a - b).abs() > 1e-3).float().mean() < 0.002        # a sample on an edge may flip
         assert (a - b).abs().median() < 1e-5
 
 
-@pytest.mark.parametrize("shine", [0.0, 0.35])
-def test_brightness_follows_lamberts_law_and_highlights_follow_phong(shine):
-    light, side = np.array([0.6, 0.0, 0.8]), 65
-    scene = make_scene((SPHERE, np.eye(3) * 0.5, (0, 0, 0), (0.4, 0.4, 0.4), shine),
-                       ground=-9.0, light=tuple(light))
-    images, depth = trace(scene, poses := orbit(0, 0, 2.7)[None, None], 1.6, side, samples=1)
-    origin, direction = camera_rays(poses[0], 1.6, side)
-    on = depth.view(-1) < 2.6
-    normal = ((origin + direction * depth.view(1, -1, 1)) / 0.5)[0, on].double().numpy()
+def test_highlights_follow_phong():
+    light = np.array([0.6, 0.0, 0.8])
+    scene = make_scene((SPHERE, np.eye(3) * 0.5, (0, 0, 0), (0.4, 0.4, 0.4), 0.35), ground=-9.0,
+                       light=light)
+    color, depth, points, direction = hits(scene, orbit(0, 0, 2.7)[None], 1.6, 65)
+    normal, seen = (x[depth < 2.6].double().numpy() for x in (points / 0.5, direction))
     facing = normal @ light
     mirrored = 2 * facing[:, None] * normal - light
-    glint = np.maximum(-(mirrored * direction[0, on].numpy()).sum(1), 0) ** data.EXPONENT
+    glint = np.maximum(-(mirrored * seen).sum(1), 0) ** data.EXPONENT * (facing > 0)
     expected = 0.4 * (data.AMBIENT + data.FILL * 0.6 * normal[:, 1]
-                      + data.DIFFUSE * np.maximum(facing, 0)) + shine * glint * (facing > 0)
-    np.testing.assert_allclose((images[0, 0, 0].view(-1)[on] + 1) / 2, expected, atol=2e-4)
+                      + data.DIFFUSE * np.maximum(facing, 0)) + 0.35 * glint
+    np.testing.assert_allclose(color[depth < 2.6][:, 0], expected, atol=2e-4)
 
 
-def test_shadow_falls_away_from_the_light_and_lit_ground_is_the_background():
+@pytest.mark.parametrize("on_a_box", [False, True])
+def test_shadows_are_where_their_closed_form_is(on_a_box):
+    """On the ground, which is the background's colour where it is lit, and on another object."""
     light, center = np.array([0.3, -0.8, 1.5]), np.array([0.1, 0.2, 0.0])
-    scene = make_scene((SPHERE, 0.2 * np.eye(3), center, (1, 0, 0), 0), light=tuple(light))
-    poses = orbit(0, 50, 3)[None, None]
-    images, depth = trace(scene, poses, 1.2, 64, samples=1)
-    origin, direction = camera_rays(poses[0], 1.2, 64)
-    ground = (depth.view(-1) - ground_depth(poses[0], 1.2, 64, -0.5).view(-1)).abs() < 1e-4
-    points = (origin + direction * depth.view(1, -1, 1))[0].double().numpy()
-    to_center = center - points                         # the shadow's closed form, point by point
-    unit = light / np.linalg.norm(light)
-    aside = np.linalg.norm(to_center - np.outer(to_center @ unit, unit), axis=1)
-    brightness = images[0, 0].view(3, -1)
-    lit, dark = ground.numpy() & (aside > 0.203), ground.numpy() & (aside < 0.197)
-    assert (brightness[:, lit] == 0.5).all() and lit.sum() > 30 and dark.sum() > 30
-    assert torch.allclose(brightness[:, dark], torch.tensor(0.75 * data.SHADOW * 2 - 1))
-    assert points[dark].mean(0)[1] > center[1] + 0.1    # the light is on the side of -y
-
-
-def test_objects_shade_each_other():
-    floor = (BOX, np.diag([0.6, 0.6, 0.1]), (0, 0, -0.3), (0.5, 0.5, 0.5), 0)
-    ball = (SPHERE, 0.2 * np.eye(3), (0, 0, 0.4), (1, 0, 0), 0)
-    light, pose = (0.0, 1.0, 1.0), orbit(0, 40, 2.7)[None, None]
-    with_ball, _ = trace(make_scene(floor, ball, light=light), pose, 1.6, 64, samples=1)
-    without, _ = trace(make_scene(floor, light=light), pose, 1.6, 64, samples=1)
-    x, y, z = pose[0, 0, :3, :3].T @ (torch.tensor([0, -0.6 + 0.05, -0.2]) - pose[0, 0, :3, 3])
-    column, row = (int((v / z * 1.6 + 0.5) * 64) for v in (x, y))   # behind the ball
-    assert with_ball[0, 0, 0, row, column] < without[0, 0, 0, row, column] - 0.2
+    light /= np.linalg.norm(light)
+    ball = SPHERE, 0.2 * np.eye(3), center, (1, 0, 0), 0
+    floor = BOX, np.diag([0.8, 0.8, 0.1]), (0, 0, -0.5), (0.5, 0.5, 0.5), 0
+    scene = make_scene(ball, *[floor] * on_a_box, light=light)
+    color, _, points, _ = (x[0] for x in hits(scene, orbit(0, 50, 3)[None], 1.2, 64))
+    to_center = center - points.double().numpy()
+    aside = np.linalg.norm(to_center - (to_center @ light)[..., None] * light, axis=-1)
+    on = (points[..., 2] - (-0.4 if on_a_box else -0.5)).abs().numpy() < 1e-4
+    lit, dark = color[on & (aside > 0.203)], color[on & (aside < 0.197)]
+    bright = (0.5 * (data.AMBIENT + data.DIFFUSE * light[2]), 0.5 * data.AMBIENT) if on_a_box else (
+        0.75, 0.75 * data.SHADOW)
+    assert len(lit) > 30 and len(dark) > 30
+    assert (lit - bright[0]).abs().max() < 1e-4 and (dark - bright[1]).abs().max() < 1e-4
+    assert points[on & (aside < 0.197)].mean(0)[1] > center[1] + 0.1        # it comes from -y
 
 
 def test_what_takes_long_says_how_far_it_is(monkeypatch, capsys):
@@ -223,10 +211,9 @@ def test_a_batch_equals_one_by_one(name):
     assert len(batch) == 6 and batch.images.shape == (6, 2, 3, 32, 32)
     assert batch.images.min() >= -1 and batch.images.max() <= 1 and batch.images.isfinite().all()
     for i in (0, 4):
-        single = synthetic(name, 1, views=1, resolution=32, seed=3, start=i)
-        assert torch.allclose(single.images, batch.images[i:i + 1, :1], atol=1e-6)
-        assert torch.allclose(single.depth, batch.depth[i:i + 1, :1], atol=1e-5)
-        assert torch.allclose(single.poses, batch[i:i + 1].poses[:, :1], atol=1e-6)
+        single, same = synthetic(name, 1, resolution=32, seed=3, start=i), batch[i:i + 1]
+        for part in ("images", "depth", "poses"):
+            assert torch.allclose(getattr(single, part), getattr(same, part)[:, :1], atol=1e-5)
     other = synthetic(name, 6, views=2, resolution=32, seed=4, depth=False)
     assert other.depth is None and not torch.allclose(other.images, batch.images)
     assert not torch.allclose(batch.images[0], batch.images[1])
@@ -277,6 +264,7 @@ def test_objects_shadows_and_cameras_are_where_the_set_says(name):
 
 POINT = (0.25, -0.1, 0.15)              # the centre of a small red sphere, in cube units
 FLIP = np.diag([1.0, -1, -1, 1])        # OpenCV's axes to OpenGL's
+Y_UP = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]])
 RED = make_scene((SPHERE, 0.1 * np.eye(3), POINT, (1, 0, 0), 0),
                  (BOX, np.diag([0.2, 0.1, 0.15]), (-0.3, 0.2, -0.15), (0, 0, 1), 0),
                  ground=-0.3, background=(1.0, 1.0, 1.0))
@@ -293,6 +281,15 @@ def pictures(poses, focal, side):
     images = trace(RED, poses.flatten(0, 1)[None], focal, side, depth=False)[0]
     images = ((images + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2).numpy()
     return images.reshape(*poses.shape[:2], side, side, 3)
+
+
+def shots(poses, focal, side, scale):
+    """Scene, view, pose (4, 4) in a world of this scale and picture (side, side, 3), one by one."""
+    images, move = pictures(poses, focal, side), np.diag([1, 1, 1, 1.0])
+    for i, v in np.ndindex(images.shape[:2]):
+        pose = poses[i, v].double().numpy() @ move
+        pose[:3, 3] *= scale
+        yield i, v, pose, images[i, v]
 
 
 def save(path, content):
@@ -321,37 +318,81 @@ def check(views, poses, tolerance=0.35):
         assert (middle - expected).norm() < tolerance                   # in pixels
 
 
-def write_srn(folder, scenes, views, start=0, head="131.25 64.0 64.0 0.\n0. 0. 0.\n1.\n128 128\n"):
-    poses = cameras(views, start + scenes)[start:]
-    for i, (some, images) in enumerate(zip(poses, pictures(poses, 131.25 / 128, 128)), start):
-        scene = folder / f"{i:032x}"
+HEAD = "131.25 64.0 64.0 0.\n0. 0. 0.\n1.\n128 128\n"
+
+
+def write_srn(folder, poses, part="train", head=HEAD, nested="", first=0):
+    """Its chairs are nested once more; archives state f, cx, cy for 512 pixels, or one number more;
+    Macs leave files."""
+    for i, v, pose, image in shots(poses, 131.25 / 128, 128, 0.5):      # objects are within 0.5
+        scene = folder / f"cars_{part}" / nested / f"{first + i:032x}"
         save(scene / "intrinsics.txt", head)
-        for v, (pose, image) in enumerate(zip(some.double().numpy().copy(), images)):
-            pose[:3, 3] *= 0.5                                  # objects are within 0.5 there
-            save(scene / "rgb" / f"{v:06d}.png", np.dstack([image, np.full((128, 128), 255, "u1")]))
-            save(scene / "pose" / f"{v:06d}.txt", " ".join(f"{x:.9f}" for x in pose.ravel()))
-    return poses
+        save(scene / "rgb" / f"{v:06d}.png", np.dstack([image, np.full((128, 128), 255, "u1")]))
+        save(scene / "rgb" / "._000000.png", b"?")
+        save(scene / "pose" / f"{v:06d}.txt", " ".join(f"{x:.9f}" for x in pose.ravel()))
+    save(folder / "__MACOSX" / "a" / "rgb" / "._0.png", b"?")
 
 
-def test_srn_its_splits_and_parts_of_it(tmp_path, capsys, monkeypatch):
-    """Folders named by splits; what Macs leave; some scenes and views, read without the rest."""
-    poses, held_out = write_srn(tmp_path / "cars_train", 3, 4), write_srn(tmp_path / "cars_test", 2,
-                                                                          4, start=3)
-    save(tmp_path / "__MACOSX" / "a" / "rgb" / "._0.png", b"?")
-    save(tmp_path / "cars_train" / f"{0:032x}" / "rgb" / "._000000.png", b"?")
-    views = load(str(tmp_path), resolution=128)
-    assert views.focal == 131.25 / 128 and views.scale == 0.5 and not views.held_out
-    assert torch.equal(views.background, torch.ones(3))
-    check(views, poses)
-    check(load_srn(tmp_path, "train", resolution=64), poses)        # resized: the same cameras
-    test = load(tmp_path, split="test", resolution=128)
-    check(test, held_out)
+def write_nmr(folder, poses, part, inverse):
+    """Its lists of scenes, y up, masks (of half of the cases), either matrix."""
+    arrays, root = {}, folder / "02958343"
+    for i, v, pose, image in shots(poses, 1.866, 64, 0.5):
+        scene, pose = root / f"{part}{9 - i}", Y_UP @ pose
+        arrays[f"world_mat_{v}"] = np.linalg.inv(pose)[:4 if inverse else 3]
+        arrays[f"camera_mat_{v}"] = np.diag([2 * 1.866, 2 * 1.866, 1, 1])
+        if inverse:
+            arrays[f"world_mat_inv_{v}"] = pose
+            mask = np.uint8(image.min(-1) < 250) * np.uint8(255)
+            save(scene / "mask" / f"{v:04d}.png", mask)
+            image = image * (mask[..., None] > 0)           # black outside: the mask makes it white
+        save(scene / "image" / f"{v:04d}.png", image)
+        np.savez(scene / "cameras.npz", **arrays)
+    save(root / f"softras_{part}.lst", f"{part}9\nnot_downloaded\n{part}8\n")
+    save(root / "softras_val.lst", "not_downloaded\n")
+
+
+def write_clevr567(folder, poses, part):
+    """Squeezed pictures, masks beside them, scenes in one folder."""
+    for i, v, pose, image in shots(poses, 350 / 320, 320, CLEVR_SCALE):
+        name = f"{folder / part}/{4 * i + v:05d}_sc{i:04d}_az{v:02d}"
+        squeezed = np.asarray(Image.fromarray(image[40:280]).resize((128, 128), Image.BOX))
+        save(Path(name + ".png"), squeezed)
+        save(Path(name + "_mask.png"), squeezed)
+        np.savetxt(name + "_RT.txt", pose)
+        np.savetxt(name + "_azi_rot.txt", np.eye(3))
+
+
+@pytest.mark.parametrize("write, part_of, focal, scale, side", [
+    (write_srn, "cars_test", 131.25 / 128, 0.5, 128),
+    (partial(write_srn, head="525. 256. 256. 0.\n0 0 0\n1.\n512 512\n", nested="chairs_2.0_train"),
+     "cars_test", 131.25 / 128, 0.5, 128),
+    (partial(write_srn, head="525. 256. 256. 0.\n0 0 0\n1.\n128 128\n"), "cars_test",
+     131.25 / 128, 0.5, 128),
+    (partial(write_srn, head=HEAD + "0\n"), "cars_test", 131.25 / 128, 0.5, 64),
+    (partial(write_nmr, inverse=True), "02958343/softras_test.lst", 1.866, 0.5, 64),
+    (partial(write_nmr, inverse=False), "02958343/softras_test.lst", 1.866, 0.5, 64),
+    (write_clevr567, "test", 350 / 240, CLEVR_SCALE, 96)])
+def test_formats(tmp_path, capsys, write, part_of, focal, scale, side):
+    """Cameras and pictures come back, of either split; what is a split itself is whole."""
+    poses = cameras(4, 3)
+    write(tmp_path, poses[:2], "train")
+    write(tmp_path, poses[2:], "test")
+    for split in (None, "train"):
+        views = load(str(tmp_path), resolution=side, split=split)
+        assert views.focal == pytest.approx(focal) and views.scale == scale and not views.held_out
+        assert torch.equal(views.background, torch.ones(3))
+        check(views, poses[:2])
+    test = load(tmp_path, split="test", resolution=side)
+    check(test, poses[2:], tolerance=0.5)
     assert test.held_out and "held out" not in capsys.readouterr().err
-    for split in (None, "train", "test"):                           # a split itself is whole
-        check(load(tmp_path / "cars_test", split=split, resolution=128), held_out)
-    check(load(tmp_path / "cars_test" / f"{3:032x}", resolution=128), held_out[:1])
+    for split in (None, "train", "test"):
+        assert torch.equal(load(tmp_path / part_of, split=split, resolution=8).poses, test.poses)
+    assert load(tmp_path, scenes=1, views=2, resolution=8).images.shape[:2] == (1, 2)
 
-    opened = []
+
+def test_some_scenes_and_views_are_read_without_the_rest(tmp_path, capsys, monkeypatch):
+    poses, opened = cameras(4, 3), []
+    write_srn(tmp_path, poses)
     monkeypatch.setattr(data, "open_picture", lambda path, turn, open=data.open_picture:
                         opened.append(path) or open(path, turn))
     some = load_srn(tmp_path, scenes=2, views=3, resolution=16)
@@ -366,131 +407,67 @@ def test_srn_its_splits_and_parts_of_it(tmp_path, capsys, monkeypatch):
     assert torch.equal(again.images[0], some.images[0])     # whatever the count of scenes
     assert load_srn(tmp_path, scenes=9, views=9, resolution=8).images.shape[:2] == (3, 4)
     assert "3 scenes of 4 views are all there are" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("head", ["525.0 256.0 256.0 0.\n0. 0. 0.\n1.\n512 512\n",
-                                  "525.0 256.0 256.0 0.\n0. 0. 0.\n1.\n128 128\n",
-                                  "131.25 64.0 64.0 0.\n0. 0. 0.\n1.\n128 128\n0\n"])
-def test_srn_archives_differ(tmp_path, head):
-    """Its chairs are nested once more; the test part beside them is not."""
-    poses = write_srn(tmp_path / "chairs_train" / "chairs_2.0_train", 1, 2, head=head)
-    check(load(tmp_path, resolution=128), poses)
-    held_out = write_srn(tmp_path / "chairs_test", 1, 2, start=1, head=head)
-    check(load(tmp_path, split="train", resolution=128), poses)
-    check(load(tmp_path, split="test", resolution=128), held_out)
-
-
-@pytest.mark.parametrize("inverse", [True, False])
-def test_nmr(tmp_path, inverse):
-    """Its lists of scenes, y up, masks (of half of the cases), either matrix."""
-    root, ids, focal = tmp_path / "02958343", ["aa", "bb", "cc"], 1.866
-    poses = cameras(4, 3)
-    for i, images in enumerate(pictures(poses, focal, 64)):
-        arrays, scene = {}, root / ids[i]
-        for v, image in enumerate(images):
-            pose = poses[i, v].double().numpy().copy()
-            pose[:3, 3] *= 0.5
-            pose = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]]) @ pose
-            arrays[f"world_mat_{v}"] = np.linalg.inv(pose)[:4 if inverse else 3]
-            if inverse:
-                arrays[f"world_mat_inv_{v}"] = pose
-                mask = np.uint8(image.min(-1) < 250) * np.uint8(255)
-                save(scene / "mask" / f"{v:04d}.png", mask)
-                image = image * (mask[..., None] > 0)       # black outside: the mask makes it white
-            arrays[f"camera_mat_{v}"] = np.diag([2 * focal, 2 * focal, 1, 1])
-            save(scene / "image" / f"{v:04d}.png", image)
-        np.savez(scene / "cameras.npz", **arrays)
-    save(root / "softras_train.lst", "cc\nnot_downloaded\nbb\n")
-    save(root / "softras_test.lst", "aa\n")
-    for path in (root, tmp_path):
-        views = load(path, resolution=64)
-        assert views.focal == pytest.approx(focal) and views.scale == 0.5
-        check(views, poses[[2, 1]])
-        check(load(path, split="test"), poses[:1])
-    save(root / "softras_val.lst", "not_downloaded\n")
-    with pytest.raises(FileNotFoundError, match="no scenes in"):
-        load(root / "softras_val.lst")
-    del arrays["camera_mat_1"]
-    np.savez(root / "cc" / "cameras.npz", **arrays)
-    with pytest.raises(ValueError, match="cc is not as expected: .*camera_mat_1"):
-        load(tmp_path)
-
-
-def test_clevr567(tmp_path):
-    """Squeezed pictures, masks beside them, two scenes in one folder and one in another."""
-    poses = cameras(4, 3)
-    for i, images in enumerate(pictures(poses, 350 / 320, 320)):
-        folder = tmp_path / ("train" if i < 2 else "test")
-        folder.mkdir(exist_ok=True)
-        for v, image in enumerate(images):
-            pose = poses[i, v].double().numpy().copy()
-            pose[:3, 3] *= CLEVR_SCALE
-            name = str(folder / f"{4 * i + v:05d}_sc{i:04d}_az{v:02d}")
-            squeezed = Image.fromarray(image[40:280]).resize((128, 128), Image.Resampling.BOX)
-            for end in (".png", "_mask.png"):
-                squeezed.save(name + end)
-            np.savetxt(name + "_RT.txt", pose)
-            np.savetxt(name + "_azi_rot.txt", np.eye(3))
-    views = load(tmp_path, resolution=96)
-    assert views.focal == pytest.approx(350 / 240)
-    check(views, poses[:2])
-    check(load(tmp_path, split="test", resolution=96), poses[2:], tolerance=0.5)
-    assert load_clevr567(tmp_path, scenes=1, views=2, resolution=8).images.shape[:2] == (1, 2)
+    assert load(tmp_path / "cars_train" / f"{1:032x}", resolution=8).images.shape[:2] == (1, 4)
 
 
 # Your own pictures: transforms.json ---------------------------------------------------------------
 
 def write_folder(folder, poses, scale=1.0, focal=1.6, side=48, file="transforms.json"):
     """Pictures and their transforms.json, which is returned to be changed."""
-    frames = []
-    for v, (pose, image) in enumerate(zip(poses.double().numpy().copy(),
-                                          pictures(poses[None], focal, side)[0])):
-        pose[:3, 3] *= scale
+    about = {"camera_angle_x": 2 * math.atan(0.5 / focal), "frames": []}
+    for _, v, pose, image in shots(poses[None], focal, side, scale):
         save(folder / "images" / f"{v}.png", image)
-        frames.append({"file_path": f"images/{v}.png", "transform_matrix": (pose @ FLIP).tolist()})
-    about = {"camera_angle_x": 2 * math.atan(0.5 / focal), "frames": frames}
+        about["frames"].append({"file_path": f"images/{v}.png",
+                                "transform_matrix": (pose @ FLIP).tolist()})
     save(folder / file, json.dumps(about))
     return about
 
 
-def picture(folder, v=0):
-    return Image.open(folder / "images" / f"{v}.png").copy()
+def on_pictures(change):
+    """What changes the frames and pictures of a folder, one by one; a dict changes the frame."""
+    def apply(folder, about):
+        for v, frame in enumerate(about["frames"]):
+            path = folder / f"images/{v}.png"
+            frame |= change(v, Image.open(path).copy(), path) or {}
+    return apply
 
 
-def squeeze(folder, about):
-    about["camera_angle_y"] = about["camera_angle_x"]
-    for v in range(3):
-        picture(folder, v).resize((48, 24), Image.Resampling.BOX).save(folder / f"images/{v}.png")
+def squeeze(v, image, path):
+    image.resize((48, 24), Image.BOX).save(path)
+    return {"camera_angle_y": 2 * math.atan(0.5 / 1.6)}
 
 
-def double(folder, about):
-    """Frames without w and h: each has its own picture's size; a frame's fl_x goes before all."""
-    about["fl_x"] = 7.0
-    for v, frame in enumerate(about["frames"]):
-        frame["fl_x"] = 1.6 * 48 * (1 + v)
-        picture(folder, v).resize((48 * (1 + v),) * 2).save(folder / f"images/{v}.png")
+def double(v, image, path):
+    """Frames without w and h: each has its own picture's size; fl_x goes before the angle."""
+    image.resize((48 * (1 + v),) * 2).save(path)
+    return {"fl_x": 1.6 * 48 * (1 + v), "camera_angle_x": 0.1}
 
 
-def masks(folder, about):
-    for v, frame in enumerate(about["frames"]):
-        image = np.asarray(picture(folder, v))
-        mask = np.uint8(image.min(-1) < 250) * np.uint8(255)
-        save(folder / f"masks/{v}.png", mask)
-        save(folder / f"images/{v}.png", image * (mask[..., None] > 0))
-        frame["mask_path"] = f"masks\\{v}.png"
+def masked(v, image, path):
+    image, mask = np.asarray(image), np.uint8(np.asarray(image).min(-1) < 250) * np.uint8(255)
+    save(path, image * (mask[..., None] > 0))
+    save(path.parent.parent / f"masks/{v}.png", mask)
+    return {"mask_path": f"masks\\{v}.png"}
 
 
-def turned(folder, about):
+def turned(v, image, path):
     exif = Image.Exif()
     exif[274] = 3
-    picture(folder).save(folder / "images/0.png", exif=exif)
+    image.save(path, exif=exif)
 
 
-def no_extension(folder, about):
-    for v, frame in enumerate(about["frames"]):
-        (folder / f"images/{v}.png").rename(folder / f"images/{v}.PNG")
-        save(folder / f"images/{v}.txt", "not a picture")
-        frame["file_path"] = f"images/{v}"
+def no_extension(v, image, path):
+    path.rename(path.with_suffix(".PNG"))
+    save(path.with_suffix(".txt"), "not a picture")
+    return {"file_path": f"images/{v}"}
+
+
+def cut(v, image, path):
+    """Pictures that lack some rows and columns, larger in their intrinsics than in their files."""
+    left, top = v, 2 + 2 * v
+    image.crop((left, top, 46, 47)).save(path.with_suffix(".jpg"), quality=98, subsampling=0)
+    return {"file_path": f"images/{v}.jpg", "w": 4 * (46 - left), "h": 4 * (47 - top),
+            "fl_x": 4 * 1.6 * 48, "cx": 4 * (24 - left), "cy": 4 * (24 - top)}
 
 
 def frame(**changes):
@@ -501,86 +478,44 @@ def top(**changes):
     return lambda folder, about: about.update(changes)
 
 
-def rewrite(encoding):
-    return lambda folder, about: json.dumps(about).encode(encoding)
-
-
-def cut(folder, about):
-    """Pictures that lack some rows and columns, larger in their intrinsics than in their files."""
-    for v, frame in enumerate(about["frames"]):
-        left, top = v, 2 + 2 * v
-        image = picture(folder, v).crop((left, top, 46, 47))
-        image.save(folder / f"images/{v}.jpg", quality=98, subsampling=0)
-        frame |= {"file_path": f"images/{v}.jpg", "w": 4 * image.width, "h": 4 * image.height,
-                  "fl_x": 4 * 1.6 * 48, "cx": 4 * (24 - left), "cy": 4 * (24 - top)}
-
-
-FINE = [(squeeze, ""), (cut, ""), (double, ""), (masks, ""), (turned, ""), (no_extension, ""),
-        (top(cx=None, cy=None, w=48, h=None), ""), (rewrite("utf-8-sig"), ""),
-        (frame(file_path="images\\1.png"), ""), (frame(p2=0.1), "lens distortion is not corrected"),
-        (lambda folder, about: about["frames"].append({"file_path": "images/9.png"}),
-         "1 of 4 pictures are missing")]
-BAD = [(frame(transform_matrix=np.eye(4).tolist()), "1.png: the camera is 0 cube units"),
-       (frame(transform_matrix=(2 * np.eye(4)).tolist()), "1.png: the pose is not a rotation"),
-       (frame(transform_matrix=np.diag([1, 1, -1, 1.0]).tolist()), "the pose is not a rotation"),
-       (frame(transform_matrix=[[1.0, 2]]), "transforms.json is not as expected"),
-       (frame(transform_matrix=np.eye(4)[:2].tolist()), "images.1.png is not as expected"),
-       (frame(transform_matrix=[[1, 0, 0, math.nan], *np.eye(4)[1:].tolist()]), "1.png: the pose"),
-       (frame(transform_matrix=[[1, 0, 0, 1e300], *np.eye(4)[1:].tolist()]), "cube units from"),
-       (frame(transform_matrix=[[1, 0, 0, 10 ** 400], *np.eye(4)[1:].tolist()]), "OverflowError"),
-       (frame(cx=-3), "1.png: no crop has the principal point in the middle"),
-       (frame(w=48, h=24), "1.png is 48 x 48 pixels, which does not fit its camera's 48 x 24"),
-       (frame(mask_path="no.png"), "there is no picture .*no.png"),
-       (frame(is_fisheye=True), "its camera is FISHEYE, and no pinhole"),
-       (top(camera_model="OPENCV_FISHEYE", k1=0.0), "OPENCV_FISHEYE, and no pinhole"),
-       (top(camera_model="EQUIRECTANGULAR"), "EQUIRECTANGULAR, and no pinhole"),
-       (top(camera_angle_x=40), "camera_angle_x is 40, and has to be in radians"),
-       (top(camera_angle_x=None), "transforms.json .* neither camera_angle_x nor fl_x"),
-       (top(fl_x=1e9), "0.png: the camera is .* cube units"),
-       (top(frames=[]), "no pictures in .*transforms.json"),
-       (top(frames=[{"file_path": "a"}]), "there is no picture .*a"),
-       (top(frames=None), "transforms.json is not as expected: TypeError"),
-       (rewrite("utf-16"), "transforms.json is not as expected"),
-       (lambda folder, about: b"{", "transforms.json is not as expected"),
-       (lambda folder, about: save(folder / "images/1.png", b"x"), "cannot identify .*1.png")]
-
-
-def change(folder, how, poses):
+def changed(folder, change, poses):
+    """A folder whose pictures, frames or text are changed."""
     about = write_folder(folder, poses)
-    text = how(folder, about)
+    text = change(folder, about)
     save(folder / "transforms.json", text if isinstance(text, bytes) else json.dumps(about))
 
 
-@pytest.mark.parametrize("case", range(len(FINE)))
-def test_what_real_transforms_have(tmp_path, capsys, case):
+@pytest.mark.parametrize("change, said", [
+    *((on_pictures(change), "") for change in (squeeze, cut, double, masked, turned, no_extension)),
+    (top(cx=None, cy=None, w=48, h=None), ""), (frame(file_path="images\\1.png"), ""),
+    (lambda folder, about: json.dumps(about).encode("utf-8-sig"), ""),
+    (frame(p2=0.1), "lens distortion is not corrected"),
+    (lambda folder, about: about["frames"].append({"file_path": "images/9.png"}),
+     "1 of 4 pictures are missing")])
+def test_what_real_transforms_have(tmp_path, capsys, change, said):
     """Each change leaves the cameras, and what the pictures show of them, as they were."""
     poses = cameras(3)[0]
-    change(tmp_path, FINE[case][0], poses)
+    changed(tmp_path, change, poses)
     views = load_folder(tmp_path, scale=1.0, resolution=36)
-    assert views.focal == pytest.approx(1.6 * 48 / 36 if FINE[case][0] is cut else 1.6)
+    is_cut = (tmp_path / "images/0.jpg").exists()
+    assert views.focal == pytest.approx(1.6 * 48 / 36 if is_cut else 1.6)
     check(views, poses[None])
-    assert capsys.readouterr().err.count("\n") == bool(FINE[case][1])
-    assert FINE[case][1] in (load(tmp_path), capsys.readouterr().err)[1]
-
-
-@pytest.mark.parametrize("case", range(len(BAD)))
-def test_bad_transforms_are_refused_in_one_sentence(tmp_path, case):
-    change(tmp_path, BAD[case][0], cameras(3)[0])
-    with pytest.raises((ValueError, OSError), match=BAD[case][1]) as caught:
-        load(tmp_path, resolution=8)
-    assert "\n" not in str(caught.value) and tmp_path.name in str(caught.value)
+    assert capsys.readouterr().err.count("\n") == bool(said)
+    assert said in (load(tmp_path), capsys.readouterr().err)[1]
 
 
 def test_the_cube_is_as_wide_as_the_pictures_of_the_training_scene(tmp_path):
     """As Blender writes it: names without .png, pictures wider than high, alpha, two files."""
     poses, focal = cameras(5)[0], 1.1
     about = write_folder(tmp_path, poses, 3.0, focal, 120)
-    for v, one in enumerate(about["frames"]):
-        image, one["file_path"] = np.asarray(picture(tmp_path, v)).copy(), f"./images/{v}"
+
+    def as_blender(v, image, path):
+        image = np.array(image)
         sky = image.min(-1) > 250
         image[sky] = 0                                          # seen where alpha is forgotten
-        rgba = np.dstack([image, np.where(sky, 0, 255).astype(np.uint8)])
-        save(tmp_path / "images" / f"{v}.png", rgba[10:-10])
+        save(path, np.dstack([image, np.where(sky, 0, 255).astype(np.uint8)])[10:-10])
+        return {"file_path": f"./images/{v}"}
+    on_pictures(as_blender)(tmp_path, about)
     (tmp_path / "transforms.json").unlink()
     for split, some in ("train", slice(3)), ("val", slice(3, None)):
         text = json.dumps({**about, "frames": about["frames"][some]})
@@ -604,69 +539,45 @@ def test_what_is_held_out(tmp_path, capsys):
         views = load(tmp_path, split=split, resolution=8)       # found two folders down
         assert views.images.shape[:2] == numbers and views.held_out == (split == "test")
         assert ("1 of 3 scenes are held out" in capsys.readouterr().err) == (split is not None)
-    write_folder(tmp_path / "two", poses[:3], side=16)
-    write_folder(tmp_path / "two", poses[:3], side=16, file="transforms_train.json")
-    assert not load(tmp_path / "two", split="test").held_out    # but a split needs its counterpart
-    (tmp_path / "two" / "transforms_train.json").unlink()
+    two, few, one = (tmp_path / name for name in ("two", "few", "one"))
+    write_folder(two, poses[:3], side=16)
+    write_folder(two, poses[:3], side=16, file="transforms_train.json")
+    assert not load(two, split="test").held_out                 # but a split needs its counterpart
+    (two / "transforms_train.json").unlink()
     for name, some in ("test", poses[:1]), ("val", poses[:2]), ("trained", poses[:2]):
-        write_folder(tmp_path / "two", some, side=16, file=f"transforms_{name}.json")
-    counts = [load(tmp_path / "two", split=split).images.shape[1] for split in ("train", "test")]
-    assert counts == [3, 1]
-    write_folder(tmp_path / "one", poses, side=16)
-    kept, held_out = (load_folder(tmp_path / "one", split, 1.0) for split in ("train", "test"))
+        write_folder(two, some, side=16, file=f"transforms_{name}.json")
+    assert [load(two, split=split).images.shape[1] for split in ("train", "test")] == [3, 1]
+    write_folder(one, poses, side=16)
+    kept, held_out = (load_folder(one, split, 1.0) for split in ("train", "test"))
     assert torch.allclose(held_out.poses[0], poses[[0, 8]], atol=1e-6)
     assert torch.allclose(kept.poses[0], poses[1:8], atol=1e-6)
-    write_folder(tmp_path / "few", poses[:5], side=16)
-    few = load(tmp_path / "few", split="test")
-    assert few.images.shape[1] == 5 and not few.held_out        # too few to hold some back
+    write_folder(few, poses[:5], side=16)
+    views = load(few, split="test")
+    assert views.images.shape[1] == 5 and not views.held_out    # too few to hold some back
 
-    def config(path):
-        return SimpleNamespace(data=str(path), resolution=8, seed=0)
-    assert data.test_views(config("cars"), 3, 2, "cpu").poses.equal(
-        random_poses("cars", 3, 2, seed=-1))
-    assert data.test_views(config(tmp_path / "one"), 9, 9, "cpu").images.shape[:2] == (1, 2)
-    for none in ("two", "few"):
-        assert data.test_views(config(tmp_path / none), 9, 9, "cpu") is None
+    assert data.test_views(config(), 3, 2, "cpu").poses.equal(random_poses("cars", 3, 2, seed=-1))
+    assert data.test_views(config(data=str(one)), 9, 9, "cpu").images.shape[:2] == (1, 2)
+    for none in (two, few):
+        assert data.test_views(config(data=str(none)), 9, 9, "cpu") is None
     assert torch.equal(load("cars", 3, split="test", seed=4, resolution=8).images,
                        synthetic("cars", 3, seed=-5, resolution=8).images)
 
 
 def test_scenes_with_fewer_views_and_cameras_that_look_away(tmp_path, capsys):
     """A set takes the fewest views; Blender's axes look away, and are upside down; y up is told."""
-    for start, views in enumerate((3, 2)):
-        write_srn(tmp_path, 1, views, start=start)
+    for first, views in enumerate((3, 2)):
+        write_srn(tmp_path, cameras(views, first + 1)[first:], first=first)
     for views in (None, 50):
         assert load(tmp_path, views=views, resolution=8).images.shape[:2] == (2, 2)
         assert "2 scenes of 2 views are all there are" in capsys.readouterr().err
-    y_up = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]])
-    for scene, blender in zip(sorted(tmp_path.iterdir()), (True, False)):
+    for scene, blender in zip(sorted(tmp_path.glob("cars_train/*")), (True, False)):
         for file in scene.glob("pose/*"):
             pose = np.loadtxt(file).reshape(4, 4)
-            np.savetxt(file, pose @ FLIP if blender else y_up @ pose)
+            np.savetxt(file, pose @ FLIP if blender else Y_UP @ pose)
         load(scene, resolution=8)
         said = capsys.readouterr().err
         assert ("in 0 of 3 pictures the origin is in view: other axes?" in said) == blender
         assert " pictures z is up: other axes?" in said
-
-
-@pytest.mark.parametrize("file, text, words", [
-    ("intrinsics.txt", None, "intrinsics.txt"), ("pose/000001.txt", None, "2 pictures and 1 poses"),
-    ("intrinsics.txt", "131 64 64 0\n0 0 0\n", "intrinsics.txt should hold 10 numbers"),
-    ("pose/000001.txt", "a pose", "000001.txt should hold 16 numbers"),
-    ("pose/000001.txt", "nan " * 16, "000001.png: the pose is not a rotation and a position"),
-    ("rgb/000001.png", b"\x89PNG\r\n", "000001.png is no picture, or is damaged"),
-    ("pose/*", lambda pose: pose * [1, 1, 1, 1000], "000000.png: the camera is 2600 cube units"),
-    ("*/*", None, "no pictures in")])
-def test_damaged_scenes_are_refused_in_one_sentence(tmp_path, file, text, words):
-    write_srn(tmp_path, 1, 2)
-    for path in (tmp_path / f"{0:032x}").glob(file):
-        if callable(text):
-            np.savetxt(path, text(np.loadtxt(path).reshape(4, 4)))
-        else:
-            path.unlink() if text is None else save(path, text)
-    with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
-        load(tmp_path, resolution=16)
-    assert "\n" not in str(caught.value)
 
 
 # .npz and CLEVR's layouts -------------------------------------------------------------------------
@@ -702,39 +613,13 @@ def test_npz(tmp_path):
     assert torch.allclose(one.poses, poses[:1], atol=1e-5)
 
 
-@pytest.mark.parametrize("change, words", [
-    *((dict([(key, None)]), f"KeyError, '{key}") for key in npz(cameras(1), side=8)),
-    (dict(images=np.zeros((3, 8, 8))), "images: float64"),
-    (dict(images=np.zeros((2, 3, 32, 32, 3), np.uint16)), "images: uint16"),
-    (dict(images=np.zeros((2, 3, 32, 32, 4), np.uint8)), "images: uint8"),
-    (dict(images=np.zeros((0, 3, 32, 32, 3), np.uint8)), "images: uint8"),
-    (dict(images=np.full((3, 9, 9, 3), 2.0)), "floats from 0 to 1"),
-    (dict(poses=np.zeros((2, 3, 3, 4))), "poses: float"), (dict(focal=np.ones(2)), "focal: float"),
-    (dict(poses=np.zeros((2, 3, 4, 4))), "images.0, 0.: the pose is not a rotation"),
-    (dict(poses=np.full((2, 3, 4, 4), math.nan)), "images.0, 0.: the pose is not a rotation"),
-    (dict(focal=np.nan), "images.0, 0.* in the middle"), (dict(focal=1e9), "focal length"),
-    (dict(background=np.zeros(3)), "background: float64"), (dict(poses=np.array([{}])), "pickle"),
-    ("larger", "smaller than 64 x 64"), ("text", "a.npz is not as expected")])
-def test_bad_npz_is_refused_in_one_sentence(tmp_path, change, words):
-    arrays = npz(cameras(3, 2))
-    if isinstance(change, dict):
-        arrays = {k: v for k, v in {**arrays, **change}.items() if v is not None}
-    np.savez(tmp_path / "a.npz", **arrays)
-    if change == "text":
-        save(tmp_path / "a.npz", "no archive")
-    with pytest.raises(ValueError, match=words) as caught:
-        load(tmp_path / "a.npz", resolution=64 if change == "larger" else 32)
-    assert "\n" not in str(caught.value) and "a.npz" in str(caught.value)
-
-
 def clevr_scene(rng, count):
     """A scene as CLEVR's generator writes it."""
-    sizes = rng.choice([0.35, 0.7], count)
     return {"objects": [
         {"shape": ("cube", "sphere", "cylinder")[i % 3], "color": CLEVR_NAMES[i % 8],
          "material": ("rubber", "metal")[i % 2], "rotation": rng.uniform(0, 360),
          "3d_coords": [*rng.uniform(-3, 3, 2).tolist(), size / (2 ** 0.5 if i % 3 == 0 else 1)]}
-        for i, size in enumerate(sizes)]}
+        for i, size in enumerate(rng.choice([0.35, 0.7], count))]}
 
 
 def test_clevr_layouts(tmp_path, capsys):
@@ -755,42 +640,150 @@ def test_clevr_layouts(tmp_path, capsys):
     parts = [len(load(tmp_path / "own", split=part, resolution=8)) for part in ("train", "test")]
     assert parts == [2, 1]
     for n, scene in enumerate(scenes[:2]):
+        centers = torch.tensor([o["3d_coords"] for o in scene["objects"]])
+        turn = torch.tensor([o["rotation"] for o in scene["objects"]]).double()
         kind, to_world, color, shine = data.clevr_primitives(scene["objects"])
-        for k, o in enumerate(scene["objects"]):
-            assert to_world[k, 2, 3] * CLEVR_SCALE == pytest.approx(o["3d_coords"][2])
-            assert shine[k].item() == pytest.approx(0.35 * (o["material"] == "metal"))
-            assert color[k].tolist() == pytest.approx(CLEVR_COLORS[CLEVR_NAMES.index(o["color"])])
-            turn = [math.cos(o["rotation"]), math.sin(o["rotation"])]
-            assert F.normalize(to_world[k, :2, 0], dim=0).tolist() == pytest.approx(turn, abs=1e-4)
+        assert torch.allclose(to_world[:, 2, 3] * CLEVR_SCALE, centers[:, 2])
+        assert torch.allclose(F.normalize(to_world[:, :2, 0]).double(),
+                              torch.stack([turn.cos(), turn.sin()], 1), atol=1e-4)
+        assert shine.tolist() == pytest.approx([0.35 * (o["material"] == "metal")
+                                                for o in scene["objects"]])
+        assert torch.equal(color, torch.tensor([CLEVR_COLORS[CLEVR_NAMES.index(o["color"])]
+                                                for o in scene["objects"]]))
         origin, direction = camera_rays(views.poses[n], views.focal, 64)
         hit = origin + direction * views.depth[n].view(2, -1, 1)
         hit = hit[(hit[..., 2] > 0.01) & hit.isfinite().all(-1)] * CLEVR_SCALE  # not the ground
-        centers = torch.tensor([o["3d_coords"] for o in scene["objects"]])
         reach = centers[:, 2] * torch.tensor([{"cube": 3, "cylinder": 2, "sphere": 1}[o["shape"]]
                                               for o in scene["objects"]]).sqrt()
         assert ((hit[:, None] - centers).norm(dim=-1) < reach + 0.01).any(-1).all()
         assert len(hit) > 50
     save(tmp_path / "scenes" / "CLEVR_val_scenes.json", json.dumps({"scenes": scenes[:1]}))
-    assert len(load(tmp_path, split="test", resolution=8)) == 1
-    assert len(load(tmp_path, split="train", resolution=8)) == 3
+    assert [len(load(tmp_path, split=s, resolution=8)) for s in ("test", "train")] == [1, 3]
 
 
-@pytest.mark.parametrize("wrong, words", [
-    ({"color": "pink"}, ""), ({"shape": "cone"}, "'cone'"), ({"3d_coords": [0, 0, -1]}, "ground"),
-    ({"3d_coords": [math.nan, 0, 1]}, "ground"), ({"3d_coords": [1e308, 0, 1]}, "far away"),
-    ({"rotation": 1e999}, ""), ({"rotation": None}, ""), ({}, "'shape'"), (3, ""),
-    ('{"scenes": [{"objects": []}]}', "no objects"), ('{"scenes": []}', "no scenes in"),
-    ('{"scenes": ' + "[" * 10 ** 5, ""), ('{"scenes": [', ""), ("{}", "'scenes'")])
-def test_layouts_that_are_none(tmp_path, wrong, words):
-    good = clevr_scene(np.random.default_rng(0), 2)
-    if isinstance(wrong, dict):
-        good["objects"][1] = {**good["objects"][1], **wrong} if wrong else {"rotation": 0.0,
-                                                                        "3d_coords": [0, 0, 1.0]}
-    text = wrong if isinstance(wrong, str) else json.dumps({"scenes": [3 if wrong == 3 else good]})
-    save(tmp_path / "CLEVR_val_scenes.json", text)
-    with pytest.raises(ValueError, match="CLEVR_val_scenes.json") as caught:
-        load(tmp_path, resolution=8)
-    assert words in str(caught.value) and "\n" not in str(caught.value)
+# Bad input is refused in one sentence -------------------------------------------------------------
+
+def transforms(change):
+    return lambda folder: changed(folder, change, cameras(3)[0])
+
+
+def srn(pattern, content):
+    """Files that are written anew, or (None) taken away."""
+    def write(folder):
+        write_srn(folder, cameras(2))
+        for path in (folder / "cars_train" / f"{0:032x}").glob(pattern):
+            path.unlink() if content is None else save(path, content)
+    return write
+
+
+def arrays(**changes):
+    return lambda folder: np.savez(folder / "a.npz", **{
+        key: value for key, value in {**npz(cameras(3, 2), side=16), **changes}.items()
+        if value is not None})
+
+
+def layouts(content, **changes):
+    """A text, or a scene whose second object is changed, or stands there instead."""
+    scene = clevr_scene(np.random.default_rng(0), 2)
+    scene["objects"][1] = content if content is not None else scene["objects"][1] | changes
+    text = content if isinstance(content, str) else json.dumps({"scenes": [scene]})
+    return lambda folder: save(folder / "CLEVR_val_scenes.json", text)
+
+
+def nmr_without_a_camera(folder):
+    write_nmr(folder, cameras(2), "train", True)
+    file = folder / "02958343/train9/cameras.npz"
+    np.savez(file, **{k: v for k, v in dict(np.load(file)).items() if k != "camera_mat_1"})
+
+
+BAD = [
+    (transforms(frame(transform_matrix=matrix)), words) for matrix, words in (
+        (np.eye(4).tolist(), "1.png .*: the camera is 0 cube units"),
+        ((2 * np.eye(4)).tolist(), "1.png .*: the pose is not a rotation"),
+        (np.diag([1, 1, -1, 1.0]).tolist(), "the pose is not a rotation"),
+        ([[1.0, 2]], "transforms.json is not as expected"),
+        (np.eye(4)[:2].tolist(), "images.1.png is not as expected"),
+        ([[1, 0, 0, math.nan], *np.eye(4)[1:].tolist()], "1.png .*: the pose"),
+        ([[1, 0, 0, 1e300], *np.eye(4)[1:].tolist()], "cube units from"),
+        ([[1, 0, 0, 1000.0], *np.eye(4)[1:].tolist()], "1.png .*: the camera is 1.* cube units"),
+        ([[1, 0, 0, 10 ** 400], *np.eye(4)[1:].tolist()], "OverflowError"))
+] + [(transforms(change), words) for change, words in (
+    (frame(cx=-3), "1.png .*: no crop has the principal point in the middle"),
+    (frame(w=48, h=24), "1.png .* 48 x 48 pixels do not fit its camera's 48 x 24"),
+    (frame(mask_path="no.png"), "there is no picture .*no.png"),
+    (frame(is_fisheye=True), "its camera is FISHEYE, and no pinhole"),
+    (top(camera_model="OPENCV_FISHEYE", k1=0.0), "OPENCV_FISHEYE, and no pinhole"),
+    (top(camera_model="EQUIRECTANGULAR"), "EQUIRECTANGULAR, and no pinhole"),
+    (top(camera_angle_x=40), "camera_angle_x is 40, and has to be in radians"),
+    (top(camera_angle_x=None), "transforms.json .* neither camera_angle_x nor fl_x"),
+    (top(fl_x=1e9), "0.png .*: its focal length is .* widths"),
+    (top(frames=[]), "no pictures of .*transforms.json"),
+    (top(frames=[{"file_path": "a"}]), "no pictures of .*transforms.json, such as .*a'"),
+    (top(frames=None), "transforms.json is not as expected: TypeError"),
+    (lambda folder, about: json.dumps(about).encode("utf-16"), "transforms.json is not as exp"),
+    (lambda folder, about: b"{", "transforms.json is not as expected"),
+    (lambda folder, about: save(folder / "images/1.png", b"x"), "cannot identify .*1.png"))
+] + [
+    (srn("intrinsics.txt", None), "intrinsics.txt"),
+    (srn("pose/000001.txt", None), "2 pictures and 1 poses"),
+    (srn("intrinsics.txt", "131 64 64 0\n0 0 0\n"), "intrinsics.txt should hold 10 numbers"),
+    (srn("pose/000001.txt", "a pose"), "000001.txt should hold 16 numbers"),
+    (srn("rgb/000001.png", b"\x89PNG\r\n"), "000001.png is no picture, or is damaged"),
+    (srn("*/*", None), "no pictures in"),
+    *((arrays(**{key: None}), f"a.npz is not as expected: KeyError, '{key}")
+      for key in ("images", "poses", "focal", "background")),
+    (arrays(images=np.zeros((3, 8, 8))), "a.npz is .* images: float64"),
+    (arrays(images=np.zeros((2, 3, 32, 32, 3), np.uint16)), "images: uint16"),
+    (arrays(images=np.zeros((2, 3, 32, 32, 4), np.uint8)), "images: uint8"),
+    (arrays(images=np.zeros((0, 3, 32, 32, 3), np.uint8)), "images: uint8"),
+    (arrays(images=np.full((3, 9, 9, 3), 2.0)), "floats from 0 to 1"),
+    (arrays(poses=np.zeros((2, 3, 3, 4))), "poses: float"),
+    (arrays(focal=np.ones(2)), "focal: float"),
+    (arrays(poses=np.zeros((2, 3, 4, 4))), "images.0, 0. .*: the pose is not a rotation"),
+    (nmr_without_a_camera, "train9 is not as expected: .*camera_mat_1"),
+    (lambda folder: save(folder / "softras_val.lst", "not_downloaded\n"), "no scenes in"),
+    (arrays(focal=np.nan), "images.0, 0.* in the middle"), (arrays(focal=1e9), "focal length"),
+    (arrays(background=np.zeros(3)), "background: float64"),
+    (arrays(poses=np.array([{}])), "pickle"),
+    (arrays(images=np.zeros((2, 3, 8, 8, 3), np.uint8)), "a.npz is .* smaller than 16 x 16"),
+    (lambda folder: save(folder / "a.npz", "no archive"), "a.npz is not as expected"),
+] + [(layouts(scene, **changes), "CLEVR_val_scenes.json.*" + words) for scene, changes, words in (
+    (None, {"color": "pink"}, ""), (None, {"shape": "cone"}, "'cone'"),
+    (None, {"3d_coords": [0, 0, -1]}, "ground"), (None, {"3d_coords": [math.nan, 0, 1]}, "ground"),
+    (None, {"3d_coords": [1e308, 0, 1]}, "far away"), (None, {"rotation": 1e999}, ""),
+    (None, {"rotation": None}, ""), ({"rotation": 0.0, "3d_coords": [0, 0, 1.0]}, {}, "'shape'"),
+    (3, {}, ""), ('{"scenes": [{"objects": []}]}', {}, "no objects"),
+    ('{"scenes": ' + "[" * 10 ** 5, {}, ""), ('{"scenes": [', {}, ""), ("{}", {}, "'scenes'"))
+] + [(layouts('{"scenes": []}'), "no scenes in .*CLEVR_val_scenes.json")]
+
+
+@pytest.mark.parametrize("case", range(len(BAD)))
+def test_bad_files_are_refused_in_one_sentence(tmp_path, case):
+    write, words = BAD[case]
+    write(tmp_path)
+    with pytest.raises((ValueError, OSError), match=words) as caught:
+        load(tmp_path, resolution=16)
+    assert "\n" not in str(caught.value) and tmp_path.name in str(caught.value)
+
+
+def test_wrong_arguments_are_answered_with_what_to_do(tmp_path):
+    save(tmp_path / "world_mat" / "a.txt", "nothing known")
+    for call, words in (
+            *((partial(synthetic, **{**dict(name="clevr1", scenes=1), **wrong}), words)
+              for wrong, words in ((dict(name="boats"), "one of clevr1"),
+                                   (dict(scenes=0), "at least 1"), (dict(samples=-1), "at least 1"),
+                                   (dict(scenes=2.5), "whole"), (dict(views=math.nan), "whole"))),
+            (partial(load, "clevr1", resolution=0), "at least 1"),
+            (partial(load, "clevr2"), "neither a built-in set .*clevr1.* nor a path"),
+            (partial(load, tmp_path), "no known format; looked for .*rgb .ShapeNet-SRN"),
+            (partial(load, tmp_path / "world_mat" / "a.txt"), "no known format"),
+            (partial(load_srn, tmp_path), "no scenes in"),
+            (partial(load, "clevr1", split="held out"), "split must be train or test")):
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            call()
+    views = load("clevr1", scenes=2, views=3, resolution=8)
+    assert views.images.shape == (2, 3, 3, 8, 8) and views.scale == 1
+    assert len(load("clevr1", resolution=2)) == 1000
 
 
 # Pictures and masks -------------------------------------------------------------------------------
@@ -920,25 +913,3 @@ def test_sets_in_subsets_have_names(tmp_path, monkeypatch):
     assert training_pictures(config(data="mine"), "cpu")[0](0)[0].shape == (4, 3, 16, 16)
     with pytest.raises(ValueError, match="nor one in subsets/ .mine. nor a path"):
         load("yours")
-
-
-def test_wrong_arguments_are_answered_with_what_to_do(tmp_path):
-    for wrong, words in ((dict(name="boats"), "one of clevr1"), (dict(scenes=0), "at least 1"),
-                         (dict(views=0), "at least 1"), (dict(resolution=0), "at least 1"),
-                         (dict(samples=-1), "at least 1"), (dict(scenes=2.5), "whole number"),
-                         (dict(views=math.nan), "whole number")):
-        with pytest.raises(ValueError, match=words):
-            synthetic(**{**dict(name="clevr1", scenes=1), **wrong})
-    save(tmp_path / "world_mat" / "a.txt", "nothing known")
-    for spec, words in (("clevr2", "neither a built-in set .*clevr1.* nor a path"),
-                        (tmp_path, "no known format; looked for .*rgb .ShapeNet-SRN"),
-                        (tmp_path / "world_mat" / "a.txt", "no known format")):
-        with pytest.raises(ValueError, match=words):
-            load(spec)
-    with pytest.raises(FileNotFoundError, match="no scenes in"):
-        load_srn(tmp_path)
-    with pytest.raises(ValueError, match="split must be train or test"):
-        load("clevr1", split="held out")
-    views = load("clevr1", scenes=2, views=3, resolution=8)
-    assert views.images.shape == (2, 3, 3, 8, 8) and views.scale == 1
-    assert len(load("clevr1", resolution=2)) == 1000
