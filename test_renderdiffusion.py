@@ -657,11 +657,12 @@ def test_what_a_training_draws_and_encodes(tmp_path):
     assert not torch.equal(untaught, model.unet.compass.layers[-1].weight)
 
 
-def test_one_picture_is_learnt_and_generated(tmp_path):
-    """Over 8 seeds: @@ dB, where the mean colour has 12.0 to 16.2."""
+@pytest.mark.parametrize("seed", [0, 1])
+def test_one_picture_is_learnt_and_generated(tmp_path, seed):
+    """From more than one start, by 8 dB better than its mean colour."""
     config = tiny(plane_channels=8, mlp_hidden=32, samples=16, rays=128, steps=100, scenes=1,
-                  lr=1e-2, loss="l2", other_side=0.0, out=str(tmp_path))
-    model, truth = train(config), synthetic("clevr1", 1, 1, 16)
+                  lr=1e-2, loss="l2", other_side=0.0, seed=seed, out=str(tmp_path))
+    model, truth = train(config), synthetic("clevr1", 1, 1, 16, seed)
     image, pose = truth.images[0] / 2 + 0.5, truth.poses[0]
     colour = image.mean((2, 3), keepdim=True).expand_as(image)
     for shown in (model.render(reconstruct(model, truth.images[0]), pose)[0],
@@ -1656,13 +1657,13 @@ def test_tutorial_runs_on_every_kind_of_data(tmp_path, kind):
 
 # The shipped weights ----------------------------------------------------------------------------
 
-LEAST = dict(cars=26.28, chairs=26.54, planes=26.60, clevr1=34.69)      # dB, measured less 0.3
+LEAST = dict(cars=26.28, chairs=27.23, planes=26.90, clevr1=34.91, clevr1_blender=33.06)
 
 
 @pytest.mark.parametrize("name", ["cars", *(pytest.param(path.stem, marks=slow) for path in sorted(
     rd.SHIPPED.glob("*.pt")) if path.stem != "cars")])
 def test_shipped_weights_show_novel_views_of_unseen_scenes(name):
-    """PSNR of two novel views of 16 held-out scenes: at most 0.3 dB less than when shipped."""
+    """PSNR of two novel views of 16 held-out scenes: at most 0.3 dB less than was measured."""
     model = load_checkpoint(name)
     scores = evaluate(model, load(name, 16, 3, model.config.resolution, "test"))
     assert scores["novel"]["psnr"] >= LEAST[name]
