@@ -510,6 +510,7 @@ def train(config, loss=denoising_loss):
     path, device = training_path(config), pick_device(config.device)
     if path.exists() and not config.resume:
         raise ValueError(f"{path} is there: go on with it by --resume, or give another --out")
+    writable(path.parent)
     rank, world = join_processes(device)
     draw, camera = training_pictures(config, device, rank, world)
     config = dataclasses.replace(config, **camera)
@@ -889,6 +890,13 @@ def first_line(error):
     return str(error).strip().split("\n")[0][:300]
 
 
+def writable(folder):
+    """Make a folder; OSError now, before the work, where nothing can be written to it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=folder):
+        pass
+
+
 def write(path, writer):
     """Call writer(file) on a temporary file, then rename it to path: never half a file."""
     path = Path(path)
@@ -1005,7 +1013,7 @@ class Journal:
         self.losses, self.logged, self.saved = [], time.time(), time.time()
         self.views = test_views(ema.config, 32, 3, model.background.device)
         if step == 0:
-            self.save_checkpoint(0, 0.0)            # says at once where nothing can be written
+            self.save_checkpoint(0, 0.0)            # which --resume takes from the start on
 
     def save_checkpoint(self, step, seconds):
         save_checkpoint(self.path, self.ema, dict(
@@ -1441,9 +1449,7 @@ def main(argv=None):
     try:
         if args.run is run_train:
             return run_train(args)
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=args.out):           # says now, before the work, if it cannot
-            pass
+        writable(args.out)
         model = load_checkpoint(args.checkpoint, pick_device(args.device))
         if getattr(args, "count", 1) * max(128, 2 * model.config.resolution) > 65535:
             raise ValueError(f"--count {args.count} makes a GIF wider than 65,535 pixels: lower it")
