@@ -847,7 +847,7 @@ def find_poses(model, images, masks=None):
         target, weight = (F.adaptive_avg_pool2d(x, S) for x in (images, known))
         errors = []
         for angles in progress(candidates, len(candidates), "cameras"):
-            shown, _, _ = model.render(planes, orbit(*angles.T, sphere), resolution=S, fine=False)
+            shown, _, _ = model.render(planes, orbit(*angles.T, sphere), resolution=S)
             errors.append((weight * (shown - target).square()).mean((1, 2, 3)))
         return candidates[torch.stack(errors).argmin(0), torch.arange(len(images))]
 
@@ -856,7 +856,7 @@ def find_poses(model, images, masks=None):
     sides = torch.cartesian_prod(azimuths, elevations).to(images)[:, None]     # (K, 1, 2)
     best = best_of(sides.expand(-1, len(images), 2), min(S, 16))
     around = torch.cartesian_prod(*[torch.tensor([-1.0, 0, 1])] * 2).to(images)[:, None]
-    for step in (6.0, 3.0, 1.5):                # from half the grid's on: no gaps
+    for step in (6.0, 3.0, 1.5, 0.8):           # from half the grid's on: no gaps
         candidates = best + step * around
         candidates[..., 1].clamp_(low, high)
         best = best_of(candidates, min(S, 32))
