@@ -5,9 +5,11 @@ Plain is the paper's scheme: no compass (`fold=0`), no other side.
     python results/ablations.py --only plain l2 --data cars
     python results/ablations.py --only plain other_side two_views --init cars
     python results/ablations.py --only default varied --init clevr1 --test clevr1_blender
+    python results/ablations.py --only default nothing mixed --init clevr1 --data clevr1_blender
 
-Each starts from nothing, or from the weights --init, whose set and network it keeps, sees single
-views (but for `two_views`) and is measured on 128 held-out scenes, of its own set or of --test.
+Each starts from nothing, or from the weights --init, whose network it keeps and whose set, too, if
+there is no --data, sees single views (but for `two_views`) and is measured on 128 held-out scenes,
+of its own set or of --test.
 Prints a line after each run and a Markdown table at the end. Differences smaller than that between
 the first two rows mean nothing. What is changed is in here: renderdiffusion.py has no branch for
 any of it.
@@ -88,7 +90,8 @@ class Told(rd.RenderDiffusion):
         return super().forward(x_t, t, poses, *rest)
 
 
-Block, trace = rd.Block, data.trace     # kept: while a run lasts, the modules' are others
+# kept: while a run lasts, the modules are given others
+Block, trace, training_pictures = rd.Block, data.trace, rd.training_pictures
 
 
 def attending(everywhere):
@@ -129,6 +132,19 @@ def varied_trace(scenes, poses, focal, resolution, samples=2, depth=True, lamps=
     return torch.cat(images), None
 
 
+def mixed_pictures(config, device, rank=0, world=1):
+    """As `training_pictures`, half of each batch from the ray tracer's endless `clevr1` instead."""
+    half = replace(config, batch=config.batch // 2)
+    draw, camera = training_pictures(half, device, rank, world)
+    traced, its = training_pictures(replace(half, data="clevr1", scenes=0), device, rank, world)
+    if abs(its["focal"] - camera["focal"]) > 1e-3 * its["focal"]:
+        raise ValueError(f"{config.data} has another lens than clevr1: it cannot be mixed with it")
+
+    def draw_both(step):
+        return tuple(torch.cat(pair) for pair in zip(draw(step), traced(step)))
+    return draw_both, camera
+
+
 RUNS = {    # what it is, fields of Config, loss, what of the module is another thing
     "plain": ("as it is", {}, rd.denoising_loss, {}),
     "again": ("the same from another seed", dict(seed=1), rd.denoising_loss, {}),
@@ -156,6 +172,11 @@ RUNS = {    # what it is, fields of Config, loss, what of the module is another 
                rd.denoising_loss, {}),
     "varied": ("the defaults on scenes of random light, paint and size (`varied_trace`)",
                dict(fold=4, other_side=0.5), rd.denoising_loss, dict(trace=varied_trace)),
+    "nothing": ("the defaults, from nothing in spite of --init", dict(
+        fold=4, other_side=0.5, init=""), rd.denoising_loss, {}),
+    "mixed": ("the defaults, half of the pictures from the ray tracer (`mixed_pictures`)",
+              dict(fold=4, other_side=0.5), rd.denoising_loss,
+              dict(training_pictures=mixed_pictures)),
 }
 
 
@@ -202,7 +223,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=6, help="of each training")
-    parser.add_argument("--data", default="clevr1", help="built-in set")
+    parser.add_argument("--data", help="as of `train`; default: of --init, or clevr1")
     parser.add_argument("--init", help="begin with these weights: a file, or a name")
     parser.add_argument("--test", help="measure on this set; default: the training's own")
     parser.add_argument("--batch", type=int, default=16, help="pictures a step")
@@ -210,9 +231,10 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="these runs")
     args = parser.parse_args(argv)
     try:
-        base = rd.Config(data=args.data, fold=0)
+        base = rd.Config(data=args.data or "clevr1", fold=0)
         if args.init:
             base = replace(rd.load_checkpoint(args.init).config, init=args.init, scenes=0)
+            base = replace(base, data=args.data or base.data)
         for name in args.only:
             fields, others = RUNS[name][1], RUNS[name][3]
             if args.init and (fields.get("fold", base.fold) != base.fold
