@@ -26,8 +26,7 @@ Conventions
     t        noising steps, 0 (clean) to T; alpha_bar has T + 1 entries
     planes   (B, 3, C, N, N) in the order xy, xz, yz
     depth    distance along the unit ray; where a ray does not end, its exit from the cube
-Shapes
-    B batch, S image side, R rays, K samples a ray, C plane channels, N plane side, P points
+    letters  B batch, S image side, R rays, K samples a ray, C plane channels, N plane side, P points
 """
 import argparse
 import copy
@@ -156,6 +155,13 @@ class NoiseSchedule:
 
 # ---- U-Net encoder: noisy picture -> planes ----------------------------------------------------
 
+def zero(layer):
+    """The layer, its weights and biases set to zero: what it is added to is at first left as is."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
 class Block(nn.Module):
     """GroupNorm, SiLU, 3x3 convolution, twice, t's embedding scaling and shifting in between; then
     self-attention over all positions, where there are few. Starts as the identity.
@@ -164,16 +170,12 @@ class Block(nn.Module):
     def __init__(self, c, c_emb, attention):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(8, c), nn.Conv2d(c, c, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(8, c), nn.Conv2d(c, c, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(8, c), zero(nn.Conv2d(c, c, 3, padding=1))
         self.emb = nn.Linear(c_emb, 2 * c)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
         self.attention = attention
         if attention:
             self.norm3, self.qkv = nn.GroupNorm(8, c), nn.Conv2d(c, 3 * c, 1)
-            self.out = nn.Conv2d(c, c, 1)
-            nn.init.zeros_(self.out.weight)
-            nn.init.zeros_(self.out.bias)
+            self.out = zero(nn.Conv2d(c, c, 1))
 
     def forward(self, x, emb):
         B, c, H, W = x.shape
@@ -191,70 +193,67 @@ class UNet(nn.Module):
     """The encoder e: x_t (B, 3, S, S), t (B,) -> planes (B, 3C, N, N). It is not told the camera.
 
     Stages are named by their side: S / 2, ..., 8, 4 on the way down, 4, 8, ..., N / 2 up again,
-    with skips, added. A stage's width goes by its side alone, and each of side 16 or more has its
-    own way in and out: a stem sees the picture averaged down to twice the side, a head gives planes
-    of twice the side, and smaller planes are doubled and added. So the network of a small picture
-    is part of that of a larger one, and grows into it (`grow`): what that one adds starts at zero.
+    with skips, added. Their width goes by the side alone. The outermost, and all of side 16 or more,
+    have their own way in and out: a stem sees the picture averaged down to twice the side, a head
+    gives planes of twice the side, and smaller planes are doubled and added. So the network of a
+    small picture is part of that of a larger one, and grows into it (`grow`): what that one adds
+    starts at zero.
     """
 
     def __init__(self, config):
         super().__init__()
         S, N, base = config.resolution, config.plane_size, config.unet_channels
-        sides = [2 ** i for i in range(2, 9)]                                  # 4, 8, ..., 256
-        down, up = [s for s in sides[::-1] if s < S], [s for s in sides if s < N]
-
-        def width(side):
-            return base * 16 // side if side <= 16 else math.ceil(base / 24) * 16      # 2/3 base
-
-        def stage(side):
-            blocks = config.unet_blocks if side >= 16 else 1
-            return nn.ModuleList(Block(width(side), 4 * base, side <= 8 or (side == 16 and i > 0))
-                                 for i in range(blocks))
-
-        def head(side):
-            return nn.Sequential(nn.GroupNorm(8, width(side)), nn.SiLU(), nn.Conv2d(
-                width(side), 3 * config.plane_channels, 3, padding=1))
+        width = {4: 4 * base, 8: 2 * base, 16: base}
+        width |= dict.fromkeys((32, 64, 128, 256), math.ceil(base / 24) * 16)  # 2/3 base
+        down, up = [s for s in reversed(width) if s < S], [s for s in width if s < N]
 
         def by_side(make, sides):
-            return nn.ModuleDict({str(side): make(side) for side in sides})
+            return nn.ModuleDict({str(side): make(side, width[side]) for side in sides})
+
+        def stage(side, c):
+            blocks = config.unet_blocks if side >= 16 else 1
+            return nn.ModuleList(Block(c, 4 * base, side <= 8 or (side == 16 and i > 0))
+                                 for i in range(blocks))
+
+        def shrink(side, c):
+            conv = nn.Conv2d(width[2 * side], c, 3, stride=2, padding=1)
+            return zero(conv) if side >= 16 else conv
+
+        def head(side, c):
+            conv = nn.Conv2d(c, 3 * config.plane_channels, 3, padding=1)
+            return nn.Sequential(nn.GroupNorm(8, c), nn.SiLU(), zero(conv) if side > 16 else conv)
 
         self.base = base
         self.embed = nn.Sequential(nn.Linear(base, 4 * base), nn.SiLU(),
                                    nn.Linear(4 * base, 4 * base))
-        self.stem = by_side(lambda side: nn.Conv2d(3, width(side), 4, stride=2, padding=1),
-                            [side for side in down if side >= 16 or side == S // 2])
-        self.shrink = by_side(lambda side: nn.Conv2d(width(2 * side), width(side), 3, stride=2,
-                                                     padding=1), down[1:])
+        self.stem = by_side(lambda side, c: nn.Conv2d(3, c, 4, stride=2, padding=1),
+                            [side for side in down if side >= min(16, S // 2)])
+        self.shrink = by_side(shrink, down[1:])
         self.down, self.up = by_side(stage, down), by_side(stage, up)
-        self.middle = Block(width(4), 4 * base, True)
-        self.grow = by_side(lambda side: nn.Conv2d(width(side // 2), width(side), 1), up[1:])
-        self.head = by_side(head, [side for side in up if side >= 16 or side == N // 2])
+        self.middle = Block(width[4], 4 * base, True)
+        self.grow = by_side(lambda side, c: nn.Conv2d(width[side // 2], c, 1), up[1:])
+        self.head = by_side(head, [side for side in up if side >= min(16, N // 2)])
         self.compass = Compass(config) if config.fold else None                # beyond the paper
-        joins = [self.shrink[side] for side in self.shrink if side in self.stem]
-        for layer in joins + [head[-1] for head in list(self.head.values())[1:]]:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
 
     def forward(self, x_t, t):
         frequencies = 1e4 ** -torch.linspace(0, 1, self.base // 2, device=t.device)
         phase = t[:, None] * frequencies
         emb = self.embed(torch.cat([phase.sin(), phase.cos()], dim=1))         # (B, 4 base)
-        h, skips = None, {}
+        h, skips, planes = None, {}, None
         for side, blocks in self.down.items():                                 # S/2, ..., 8, 4
-            ways = [self.shrink[side](h)] if side in self.shrink else []
+            h = self.shrink[side](h) if side in self.shrink else 0
             if side in self.stem:
-                ways.append(self.stem[side](F.adaptive_avg_pool2d(x_t, 2 * int(side))))
-            h = sum(ways)                                                      # (B, c, side, side)
+                h = h + self.stem[side](F.adaptive_avg_pool2d(x_t, 2 * int(side)))
             for block in blocks:
-                h = block(h, emb)
+                h = block(h, emb)                                              # (B, c, side, side)
             skips[side] = h
-        h, planes = self.middle(h, emb), None
+        h = self.middle(h, emb)
         if self.compass:
             emb = emb + self.compass.embed(x_t)
         for side, blocks in self.up.items():                                   # 4, 8, ..., N/2
             if side in self.grow:
                 h = F.interpolate(self.grow[side](h), scale_factor=2)
-            h = h + skips[side] if side in skips else h
+            h = h + skips.get(side, 0)
             for block in blocks:
                 h = block(h, emb)
             if side in self.head:
@@ -335,8 +334,7 @@ def importance_samples(edges, weights, u):
     what the coarse samples just missed (Barron et al. 2021, eq. 18).
     """
     padded = F.pad(weights, (1, 1), mode="replicate")
-    smooth = torch.maximum(padded[..., :-1], padded[..., 1:])
-    pdf = 0.5 * (smooth[..., :-1] + smooth[..., 1:]) + 0.01
+    pdf = F.avg_pool1d(F.max_pool1d(padded, 2, 1), 2, 1) + 0.01                # (B, R, K)
     cdf = F.pad(torch.cumsum(pdf, -1) / pdf.sum(-1, keepdim=True), (1, 0))     # (B, R, K+1)
     i = torch.searchsorted(cdf, u.contiguous(), right=True).clamp(1, pdf.shape[-1])
     low, high = cdf.gather(-1, i - 1), cdf.gather(-1, i)
@@ -344,16 +342,20 @@ def importance_samples(edges, weights, u):
     return a + (b - a) * ((u - low) / (high - low)).clamp(0, 1)
 
 
-def march(field, origins, directions, samples, fine_samples, background, jitter=None):
+def march(field, origins, directions, samples, fine_samples, background, jitter=False):
     """Render rays (B, R, 3) of a field -> rgb (B, R, 3) in [0, 1], depth, opacity (B, R).
 
     field: points (B, P, 3) -> density (B, P), colour (B, P, 3). Depth is the expected distance,
-    to the cube's far side for what passes through. jitter (B, R, samples + fine_samples) in [0, 1]
-    places samples at random, None in the middle.
+    to the cube's far side for what passes through. With jitter samples lie anywhere in their parts
+    of a ray, else in the middle.
     """
     near, far = (x[..., None] for x in ray_interval(origins, directions))      # (B, R, 1)
-    if jitter is None:
-        jitter = torch.full_like(near, 0.5).expand(*near.shape[:2], samples + fine_samples)
+
+    def stratified(count):
+        """One in each of so many equal parts of [0, 1]: (B, R, count)."""
+        place = torch.full_like(near, 0.5).expand(-1, -1, count)
+        place = torch.rand_like(place) if jitter else place
+        return (torch.arange(count, device=near.device) + place) / count
 
     def evaluate(t):                                                           # (B, R, K)
         points = origins[:, :, None] + t[..., None] * directions[:, :, None]
@@ -364,16 +366,13 @@ def march(field, origins, directions, samples, fine_samples, background, jitter=
         """Each sample stands for what is nearer to it than to its neighbours."""
         return torch.cat([near, (t[..., 1:] + t[..., :-1]) / 2, far], dim=-1)  # (B, R, K+1)
 
-    # one in each of so many equal parts (stratified): u in [0, 1]
-    u = (torch.arange(samples, device=near.device) + jitter[..., :samples]) / samples
-    t = near + (far - near) * u
+    t = near + (far - near) * stratified(samples)
     density, color = evaluate(t)
     if fine_samples:
         edges = intervals(t)
         with torch.no_grad():
             _, weights = composite(density, color, edges.diff(dim=-1), background)
-            u = torch.arange(fine_samples, device=near.device) + jitter[..., samples:]
-            t_fine = importance_samples(edges, weights, u / fine_samples)
+            t_fine = importance_samples(edges, weights, stratified(fine_samples))
         density_fine, color_fine = evaluate(t_fine)
         t, order = torch.sort(torch.cat([t, t_fine], dim=-1), dim=-1)
         density = torch.cat([density, density_fine], dim=-1).gather(-1, order)
@@ -411,10 +410,9 @@ class RenderDiffusion(nn.Module):
             planes = self.unet(x_t, t)
         return planes.float().reshape(len(x_t), 3, -1, N, N)
 
-    def march(self, planes, origins, directions, jitter=None, fine=True):
-        """Rays (B, R, 3) through planes -> rgb (B, R, 3) in [0, 1], depth, opacity (B, R); without
-        importance samples if not `fine`. jitter: as for the function of this name.
-        """
+    def march(self, planes, origins, directions, jitter=False, fine=True):
+        """Rays (B, R, 3) through planes, as the function of this name has it, without importance
+        samples if not `fine` -> rgb (B, R, 3) in [0, 1], depth, opacity (B, R)."""
         return march(lambda points: self.mlp(points, sample_triplanes(planes, points)), origins,
                      directions, self.config.samples, self.config.fine_samples if fine else 0,
                      self.background, jitter)
@@ -441,9 +439,7 @@ class RenderDiffusion(nn.Module):
             return self.render(planes, poses)[0]
         rays = camera_rays(poses.to(planes), self.config.focal, self.config.resolution)
         origins, directions = (r.take_along_dim(pixels[..., None], dim=1) for r in rays)
-        samples = self.config.samples + self.config.fine_samples
-        jitter = torch.rand(*pixels.shape, samples, device=x_t.device) if self.training else None
-        return self.march(planes, origins, directions, jitter)[0] * 2 - 1
+        return self.march(planes, origins, directions, jitter=self.training)[0] * 2 - 1
 
 
 # ---- Training ----------------------------------------------------------------------------------
@@ -452,9 +448,8 @@ def draw_levels(config, B, device):
     """t (B,): 0 for a share `clean_share`, the rest evenly from 1..T; one draw in each of B equal
     parts, in random order."""
     u = (torch.randperm(B, device=device) + torch.rand(B, device=device)) / B
-    noisy = (u - config.clean_share) / max(1 - config.clean_share, 1e-9)       # (B,) in [0, 1)
-    t = 1 + (noisy * config.timesteps).long().clamp(0, config.timesteps - 1)
-    return torch.where(u < config.clean_share, 0, t)
+    noisy = (u - config.clean_share) / max(1 - config.clean_share, 1e-9)       # (B,) up to 1
+    return (1 + noisy * config.timesteps).long().clamp(0, config.timesteps)
 
 
 # Mere background is soon learnt: where rays are drawn its pixels have this weight, all others 1.
@@ -530,8 +525,7 @@ def train(config, loss=denoising_loss):
     start = time.time() - seconds
     while (done := progress_of(config, step, seconds)) < 1:
         torch.manual_seed(mix(mix(mix(config.seed) ^ step) ^ rank))     # resumed, it draws the same
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, done)
+        optimizer.param_groups[0]["lr"] = learning_rate(config, step, done)
         x0, poses = draw(step)
         source, seen_from = x0, poses
         if done >= config.other_side_from:
@@ -557,7 +551,7 @@ def train(config, loss=denoising_loss):
 # ---- Sampling ----------------------------------------------------------------------------------
 
 def noise_levels(schedule, steps, top=None):
-    """steps + 1 rising levels from 0 to `top` (None: T), as evenly in log(SNR) as whole numbers
+    """steps + 1 levels that fall from `top` (None: T) to 0, as evenly in log(SNR) as whole numbers
     allow, as in DPM-Solver (Lu et al. 2022, arXiv 2206.00927): short steps near all noise, where it
     is decided what the picture shows, and near none. ValueError for fewer levels than steps.
     """
@@ -567,11 +561,11 @@ def noise_levels(schedule, steps, top=None):
     log_snr = schedule.alpha_bar[:top + 1].logit()                             # falls
     # log(SNR) is infinite at 0 and nearly so at T: even but for a sixth of a usual step at each end
     end = max(1, top // (6 * steps))
-    nearest = torch.searchsorted(-log_snr, -torch.linspace(*log_snr[[end, top - end]], steps + 1))
-    levels = [0]
-    for i in range(1, steps):           # above the last, and room for those to come
-        levels.append(min(max(int(nearest[i]), levels[-1] + 1), top - steps + i))
-    return [*levels, top]
+    levels = torch.searchsorted(-log_snr, -torch.linspace(*log_snr[[end, top - end]], steps + 1))
+    levels[0], levels[-1], i = 0, top, torch.arange(steps + 1)
+    # each above the last and with room for those to come: `levels - i` must not fall, nor pass its end
+    levels = (levels - i).cummax(0).values.clamp(max=top - steps) + i
+    return levels.flip(0).tolist()
 
 
 def standard_normal(like, generator):
@@ -581,15 +575,14 @@ def standard_normal(like, generator):
 
 @torch.no_grad()
 def denoise(model, x_t, poses, levels, eta, generator, watch=None):
-    """From x_t at the last of the rising `levels` down to their first, 0 -> images, planes.
+    """From x_t at the first of the falling `levels` to their last, 0 -> images, planes.
 
     With eta = 0 x0_hat is first moved on along the way it went since the step before:
     DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2), of which DDIM is the first
     order. watch(t, x_t, x0_hat, depth), if given, sees every step.
     """
     lam, before = model.schedule.alpha_bar.logit() / 2, None    # log(alpha / sigma), infinite at 0
-    steps = list(zip(levels[:0:-1], levels[-2::-1]))
-    for t, s in progress(steps, len(steps), "denoising"):
+    for t, s in progress(zip(levels, levels[1:]), len(levels) - 1, "denoising"):
         planes = model.encode(x_t, t)
         x0_hat, depth, _ = model.render(planes, poses, fine=s == 0)            # fine: what is kept
         x0_ahead = x0_hat = x0_hat.clamp(-1, 1)
@@ -688,13 +681,11 @@ def inpaint(model, images, masks, poses=None, steps=20, jump_length=5, jump_n_sa
     if any(share in (0, 1) for share in known.mean((1, 2, 3)).tolist()):
         raise ValueError("a mask must hide a part of the picture: 1 is known, 0 is to be filled")
     schedule, generator = model.schedule, torch.Generator().manual_seed(seed)
-    poses = (find_poses(model, images, known) if poses is None else poses).to(images)
-    poses = poses.expand(len(images), 4, 4)
-    levels = noise_levels(schedule, steps)
+    poses = find_poses(model, images, known) if poses is None else poses
+    levels = noise_levels(schedule, steps)                      # falling: index i is from the end
+    walk = [levels[-2 - i] for i in repaint_schedule(steps, jump_length, jump_n_sample)]
     x = standard_normal(images, generator)
-    indices = repaint_schedule(steps, jump_length, jump_n_sample)
-    for i, j in progress(list(zip(indices, indices[1:])), len(indices) - 1, "inpainting"):
-        t, s = levels[i + 1], levels[j + 1]
+    for t, s in progress(zip(walk, walk[1:]), len(walk) - 1, "inpainting"):
         noise = standard_normal(x, generator)
         if s > t:                                               # a jump up
             left = schedule.alpha_bar[s] / schedule.alpha_bar[t]
@@ -730,12 +721,11 @@ class Compass(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.schedule = config, NoiseSchedule(config.timesteps, config.schedule)
-        self.side, layers, a = min(config.resolution, 32), [], 3
-        for i in range(int(math.log2(self.side)) - 2):                         # down to 4 x 4
-            b = min(32 << i, 128)
+        self.side, layers = min(config.resolution, 32), []
+        widths = [3, 32, 64, 128] if self.side == 32 else [3, 32, 64]          # down to 4 x 4
+        for a, b in zip(widths, widths[1:]):
             layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU()]
-            a = b
-        self.layers = nn.Sequential(*layers, nn.Conv2d(a, 2, 4))
+        self.layers = nn.Sequential(*layers, nn.Conv2d(b, 2, 4))
         self.turn = nn.Linear(2, 4 * config.unet_channels)
 
     def forward(self, x_t):
@@ -995,8 +985,7 @@ def grow(model, weights):
     model.load_state_dict(weights.state_dict(), strict=False)
     for side, stem in model.unet.stem.items():      # a skip new to a trained stage starts at zero
         if side not in weights.unet.stem and side in weights.unet.up:
-            nn.init.zeros_(stem.weight)
-            nn.init.zeros_(stem.bias)
+            zero(stem)
 
 
 def progress_of(config, step, seconds):
