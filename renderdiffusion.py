@@ -1,22 +1,19 @@
 """RenderDiffusion: image diffusion whose denoiser goes through 3D. Unofficial, in one file.
 
 Anciukevicius et al., "RenderDiffusion: Image Diffusion for 3D Reconstruction, Inpainting and
-Generation", CVPR 2023, arXiv 2211.09869. A U-Net turns a noisy picture into three axis-aligned
-feature planes, an MLP reads density and colour from them at any point, and volume rendering from
-the picture's own camera gives the denoised picture. Trained on single pictures with known
-cameras, it generates, reconstructs and inpaints scenes that can be looked at from any side.
-
-    python renderdiffusion.py demo                       # everything, from the shipped weights
-    python renderdiffusion.py train --minutes 30         # from nothing; writes out/clevr1.pt
-    python renderdiffusion.py reconstruct --image photo.png     # --help lists the other commands
+Generation", CVPR 2023, arXiv 2211.09869. Trained on single pictures with known cameras, it
+generates, reconstructs and inpaints scenes that can be looked at from any side.
 
   x_t, t --UNet--> planes --at points on rays--> features --MLP--> density, colour --march--> x0_hat
    ^                                                                                            |
    +--- training: noise x0 to x_t, compare x0_hat with x0. Sampling: x_s, s < t, from x0_hat ---+
 
-The paper comes first. What goes beyond it is one section, after inpainting: a compass that tells
-the encoder its camera (`fold`), and pictures encoded from another side (`other_side`); with 0 for
-both, training is the paper's. Choices of ours: README.md, "Differences".
+    python renderdiffusion.py demo                       # everything, from the shipped weights
+    python renderdiffusion.py train --minutes 30         # from nothing; writes out/clevr1.pt
+    python renderdiffusion.py reconstruct --image photo.png     # --help lists the other commands
+
+The paper comes first. What goes beyond it is one section, after inpainting; with 0 for `fold` and
+`other_side` training is the paper's. Choices of ours: README.md, "Differences".
 
 Conventions
     world    right-handed, z up; the scene fills the cube [-1, 1]^3, which the planes cover
@@ -26,7 +23,7 @@ Conventions
     t        noising steps, 0 (clean) to T; alpha_bar has T + 1 entries
     planes   (B, 3, C, N, N) in the order xy, xz, yz
     depth    distance along the unit ray; where a ray does not end, its exit from the cube
-    letters  B batch, S image side, R rays, K samples a ray, C plane channels, N plane side, P points
+    letters  B batch, S image side, R rays, K samples a ray, P points, C plane channels, N its side
 """
 import argparse
 import copy
@@ -61,10 +58,8 @@ def option(default, text, least=0, most=1e9, among=None):
 
 @dataclasses.dataclass
 class Config:
-    """What a training depends on: `train`'s options, saved in every checkpoint.
-
-    ValueError, one sentence, for a value that cannot be.
-    """
+    """What a training depends on: `train`'s options, saved in every checkpoint. ValueError, one
+    sentence, for a value that cannot be."""
     # data
     data: str = option("clevr1", "a built-in set, a name in subsets/, or a path")
     scenes: int = option(0, "scenes to train on; 0: all there are, of built-in sets fresh ones")
@@ -124,29 +119,25 @@ class NoiseSchedule:
             f = torch.cos((torch.arange(T + 1).double() / T + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = 1 - f[1:] / f[:-1]
         else:
-            # from the end: T = 1 has the last beta
-            betas = torch.linspace(0.02, 1e-4, T).flip(0).double() * 1000 / T
+            betas = torch.linspace(0.02, 1e-4, T).flip(0).double() * 1000 / T  # T = 1 has 0.02
         # No level but the last may be all noise: the posterior divides by alpha_bar at s < t.
         kept = torch.cumprod(1 - betas.clamp(max=0.999), dim=0)
-        self.T = T
-        self.alpha_bar = torch.cat([torch.ones(1).double(), kept]).float()     # (T+1,)
+        self.T, self.alpha_bar = T, F.pad(kept, (1, 0), value=1.0).float()     # (T+1,)
 
     def at(self, t, x):
         """alpha_bar[t] for a number or a (B,) tensor, shaped to multiply x (B, ...)."""
         t = torch.as_tensor(t, device=x.device).expand(len(x))
         return self.alpha_bar.to(x.device)[t].view(-1, *[1] * (x.dim() - 1))
 
-    def add_noise(self, x0, t, noise):
-        """A draw of q(x_t | x0) (Ho et al. 2020, eq. 4), given standard normal noise like x0."""
-        alpha_bar = self.at(t, x0)
-        return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+    def add_noise(self, x, t, noise, s=0):
+        """A draw of q(x_t | x_s = x), given standard normal noise: of x0, Ho et al. 2020, eq. 4."""
+        kept = self.at(t, x) / self.at(s, x)
+        return kept.sqrt() * x + (1 - kept).sqrt() * noise
 
     def posterior(self, x0, x_t, t, s, eta=1.0):
-        """Mean and variance of q(x_s | x_t, x0) for any 0 <= s < t <= T (numbers or (B,)).
-
-        eta = 1: Ho et al. 2020, eq. 7, for steps of any length. eta = 0: DDIM, without noise. Both
-        are Song et al. 2021, eq. 12 and 16.
-        """
+        """Mean and variance of q(x_s | x_t, x0) for 0 <= s < t <= T, numbers or (B,): Song et al.
+        2021, eq. 12 and 16. eta = 1: Ho et al. 2020, eq. 7, for steps of any length; eta = 0: DDIM,
+        without noise."""
         ab_t, ab_s = self.at(t, x_t), self.at(s, x_t)
         variance = eta ** 2 * (1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)
         eps = (x_t - ab_t.sqrt() * x0) / (1 - ab_t).sqrt()     # what the noise was, if x0 is right
@@ -156,7 +147,7 @@ class NoiseSchedule:
 # ---- U-Net encoder: noisy picture -> planes ----------------------------------------------------
 
 def zero(layer):
-    """The layer, its weights and biases set to zero: what it is added to is at first left as is."""
+    """The layer, all its weights zero: what it is added to is at first left as it is."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -164,8 +155,7 @@ def zero(layer):
 
 class Block(nn.Module):
     """GroupNorm, SiLU, 3x3 convolution, twice, t's embedding scaling and shifting in between; then
-    self-attention over all positions, where there are few. Starts as the identity.
-    """
+    self-attention over all positions, where there are few. Starts as the identity."""
 
     def __init__(self, c, c_emb, attention):
         super().__init__()
@@ -193,11 +183,10 @@ class UNet(nn.Module):
     """The encoder e: x_t (B, 3, S, S), t (B,) -> planes (B, 3C, N, N). It is not told the camera.
 
     Stages are named by their side: S / 2, ..., 8, 4 on the way down, 4, 8, ..., N / 2 up again,
-    with skips, added. Their width goes by the side alone. The outermost, and all of side 16 or more,
-    have their own way in and out: a stem sees the picture averaged down to twice the side, a head
-    gives planes of twice the side, and smaller planes are doubled and added. So the network of a
-    small picture is part of that of a larger one, and grows into it (`grow`): what that one adds
-    starts at zero.
+    with skips, added. A stage's width goes by its side alone, and each of side 16 or more has its
+    own way in and out: a stem sees the picture averaged down to twice the side, a head gives planes
+    of twice the side, and smaller planes are doubled and added. So the network of a small picture
+    is part of that of a larger one, and grows into it (`grow`): what that one adds starts at zero.
     """
 
     def __init__(self, config):
@@ -236,8 +225,7 @@ class UNet(nn.Module):
         self.compass = Compass(config) if config.fold else None                # beyond the paper
 
     def forward(self, x_t, t):
-        frequencies = 1e4 ** -torch.linspace(0, 1, self.base // 2, device=t.device)
-        phase = t[:, None] * frequencies
+        phase = t[:, None] * 1e4 ** -torch.linspace(0, 1, self.base // 2, device=t.device)
         emb = self.embed(torch.cat([phase.sin(), phase.cos()], dim=1))         # (B, 4 base)
         h, skips, planes = None, {}, None
         for side, blocks in self.down.items():                                 # S/2, ..., 8, 4
@@ -267,11 +255,9 @@ class UNet(nn.Module):
 # ---- Triplanes and MLP: points -> density and colour -------------------------------------------
 
 def sample_triplanes(planes, points):
-    """Planes (B, 3, C, N, N) at points (B, P, 3) in [-1, 1]^3 -> features (B, P, C).
-
-    Bilinear at the point's projections on xy, xz and yz, summed (Chan et al. 2022, section 3.1).
-    A plane's first axis runs along its columns; -1 and 1 are its outermost texels' centres.
-    """
+    """Planes (B, 3, C, N, N) at points (B, P, 3) in [-1, 1]^3 -> features (B, P, C): bilinear at
+    the projections on xy, xz and yz, summed (Chan et al. 2022, section 3.1). A plane's first axis
+    runs along its columns; -1 and 1 are its outermost texels' centres."""
     B, _, C, N, _ = planes.shape
     grid = points[:, :, [[0, 1], [0, 2], [1, 2]]].transpose(1, 2).reshape(B * 3, -1, 1, 2)
     features = F.grid_sample(planes.reshape(B * 3, C, N, N), grid, align_corners=True)
@@ -279,11 +265,9 @@ def sample_triplanes(planes, points):
 
 
 class RadianceMLP(nn.Module):
-    """s(p, P[p]): points (B, P, 3), features (B, P, C) -> density (B, P), colour (B, P, 3).
-
-    Colour is RGB in [0, 1]. Density is per world unit and starts nearly transparent: a volume that
-    starts opaque hides its inside from the gradient, and stays so.
-    """
+    """s(p, P[p]): points (B, P, 3), features (B, P, C) -> density per world unit (B, P), RGB in
+    [0, 1] (B, P, 3). It starts nearly transparent: a volume that starts opaque hides its inside
+    from the gradient, and stays so."""
 
     def __init__(self, C, hidden):
         super().__init__()
@@ -313,11 +297,9 @@ def ray_interval(origins, directions):
 
 
 def composite(density, color, deltas, background):
-    """Volume rendering by quadrature (Mildenhall et al. 2020, eq. 3).
-
-    density, deltas (B, R, K), color (B, R, K, 3), background (3,) -> rgb (B, R, 3) and weights
-    (B, R, K); the background gets 1 minus their sum. Colours are in [0, 1].
-    """
+    """Volume rendering by quadrature (Mildenhall et al. 2020, eq. 3): density, deltas (B, R, K),
+    color (B, R, K, 3), background (3,) -> rgb (B, R, 3) and weights (B, R, K); the background gets
+    1 minus their sum. Colours are in [0, 1]."""
     optical_depth = density * deltas
     # what lies before each sample; on GPUs a product is much faster than a cumulative sum
     K = density.shape[-1]
@@ -328,11 +310,9 @@ def composite(density, color, deltas, background):
 
 
 def importance_samples(edges, weights, u):
-    """Distances (B, R, F) drawn from coarse weights (B, R, K) over edges (B, R, K+1).
-
-    u (B, R, F) in [0, 1] goes through their inverse distribution. Smoothing and a floor let it see
-    what the coarse samples just missed (Barron et al. 2021, eq. 18).
-    """
+    """Distances (B, R, F) drawn from coarse weights (B, R, K) over edges (B, R, K+1): u (B, R, F)
+    in [0, 1] goes through their inverse distribution. Smoothing and a floor let it see what the
+    coarse samples just missed (Barron et al. 2021, eq. 18)."""
     padded = F.pad(weights, (1, 1), mode="replicate")
     pdf = F.avg_pool1d(F.max_pool1d(padded, 2, 1), 2, 1) + 0.01                # (B, R, K)
     cdf = F.pad(torch.cumsum(pdf, -1) / pdf.sum(-1, keepdim=True), (1, 0))     # (B, R, K+1)
@@ -357,27 +337,26 @@ def march(field, origins, directions, samples, fine_samples, background, jitter=
         place = torch.rand_like(place) if jitter else place
         return (torch.arange(count, device=near.device) + place) / count
 
-    def evaluate(t):                                                           # (B, R, K)
+    def evaluate(t):
+        """Density and colour at distances t (B, R, K), side by side: (B, R, K, 4)."""
         points = origins[:, :, None] + t[..., None] * directions[:, :, None]
         density, color = field(points.flatten(1, 2))
-        return density.view(t.shape), color.view(*t.shape, 3)
+        return torch.cat([density[..., None], color], dim=-1).view(*t.shape, 4)
 
     def intervals(t):
         """Each sample stands for what is nearer to it than to its neighbours."""
         return torch.cat([near, (t[..., 1:] + t[..., :-1]) / 2, far], dim=-1)  # (B, R, K+1)
 
     t = near + (far - near) * stratified(samples)
-    density, color = evaluate(t)
+    seen = evaluate(t)
     if fine_samples:
         edges = intervals(t)
         with torch.no_grad():
-            _, weights = composite(density, color, edges.diff(dim=-1), background)
+            _, weights = composite(seen[..., 0], seen[..., 1:], edges.diff(dim=-1), background)
             t_fine = importance_samples(edges, weights, stratified(fine_samples))
-        density_fine, color_fine = evaluate(t_fine)
         t, order = torch.sort(torch.cat([t, t_fine], dim=-1), dim=-1)
-        density = torch.cat([density, density_fine], dim=-1).gather(-1, order)
-        color = torch.cat([color, color_fine], dim=-2).take_along_dim(order[..., None], dim=-2)
-    rgb, weights = composite(density, color, intervals(t).diff(dim=-1), background)
+        seen = torch.cat([seen, evaluate(t_fine)], dim=-2).take_along_dim(order[..., None], dim=-2)
+    rgb, weights = composite(seen[..., 0], seen[..., 1:], intervals(t).diff(dim=-1), background)
     opacity = weights.sum(-1)
     depth = (weights * t).sum(-1) + (1 - opacity) * far[..., 0]
     return rgb, depth, opacity
@@ -420,8 +399,7 @@ class RenderDiffusion(nn.Module):
     def render(self, planes, poses, focal=None, resolution=None, fine=True):
         """Planes (B, 3, C, N, N) from poses (B, 4, 4) or a single one -> rgb (B, 3, S, S) in
         [-1, 1], depth and opacity (B, S, S). focal and resolution: None is the config's. Not
-        `fine`: by stratified samples alone, in half the time.
-        """
+        `fine`: by stratified samples alone, in half the time."""
         S, poses = resolution or self.config.resolution, poses.to(planes).expand(len(planes), 4, 4)
         origins, directions = camera_rays(poses, focal or self.config.focal, S)
         points = self.points_at_once * (1 if planes.device.type == "cpu" else 64)
@@ -444,14 +422,6 @@ class RenderDiffusion(nn.Module):
 
 # ---- Training ----------------------------------------------------------------------------------
 
-def draw_levels(config, B, device):
-    """t (B,): 0 for a share `clean_share`, the rest evenly from 1..T; one draw in each of B equal
-    parts, in random order."""
-    u = (torch.randperm(B, device=device) + torch.rand(B, device=device)) / B
-    noisy = (u - config.clean_share) / max(1 - config.clean_share, 1e-9)       # (B,) up to 1
-    return (1 + noisy * config.timesteps).long().clamp(0, config.timesteps)
-
-
 # Mere background is soon learnt: where rays are drawn its pixels have this weight, all others 1.
 # The loss is not corrected for it: what is to be seen counts more.
 EMPTY_RAYS = 0.1
@@ -465,12 +435,18 @@ def draw_pixels(x0, background, count):
     return torch.multinomial(weight, min(count, weight.shape[1]))
 
 
+def draw_levels(config, B, device):
+    """t (B,): 0 for a share `clean_share`, the rest evenly from 1..T; one draw in each of B equal
+    parts, in random order."""
+    u = (torch.randperm(B, device=device) + torch.rand(B, device=device)) / B
+    noisy = (u - config.clean_share) / max(1 - config.clean_share, 1e-9)       # (B,) up to 1
+    return (1 + noisy * config.timesteps).long().clamp(0, config.timesteps)
+
+
 def denoising_loss(model, x0, poses, source=None):
     """The paper's loss on images x0 (B, 3, S, S) from poses (B, 4, 4): noise a picture, encode it,
-    render its planes from its own camera, compare; at random levels and pixels.
-
-    source: what is noised and encoded in place of x0. A loss of one's own takes the same four.
-    """
+    render its planes from its own camera, compare; at random levels and pixels. source is what is
+    noised and encoded in place of x0. A loss of one's own takes the same four."""
     inner = getattr(model, "module", model)                     # `module`: of a parallel one
     source = x0 if source is None else source
     t = draw_levels(inner.config, len(x0), x0.device)
@@ -480,11 +456,6 @@ def denoising_loss(model, x0, poses, source=None):
     target = x0.flatten(2).mT.take_along_dim(pixels[..., None], dim=1)
     compare = F.l1_loss if inner.config.loss == "l1" else F.mse_loss
     return compare(x0_hat, target)
-
-
-def learning_rate(config, step, done):
-    """Warm-up over 100 steps, then constant, and a linear fall over the last 30 %."""
-    return config.lr * min(1, (step + 1) / 100, max(0.02, (1 - done) / 0.3))
 
 
 @torch.no_grad()
@@ -497,10 +468,10 @@ def update_average(ema, model, step, decay=0.999):
 def train(config, loss=denoising_loss):
     """Train from single posed pictures -> the averaged model, in eval mode.
 
-    Writes OUT/DATA.pt at the start and every two minutes; Ctrl-C or a crash loses what came after,
-    and `resume` goes on from there. A checkpoint that is there is never overwritten. Under torchrun
-    each process has scenes of its own and gradients are averaged. ValueError or OSError for what
-    cannot be trained or written, FloatingPointError when loss or weights are no longer finite.
+    Writes OUT/DATA.pt at the start and every two minutes, never over another training's; `resume`
+    goes on from it after Ctrl-C or a crash. Under torchrun each process has scenes of its own and
+    gradients are averaged. ValueError or OSError for what cannot be trained or written,
+    FloatingPointError when loss or weights are no longer finite.
     """
     path, device = training_path(config), pick_device(config.device)
     if path.exists() and not config.resume:
@@ -525,11 +496,10 @@ def train(config, loss=denoising_loss):
     start = time.time() - seconds
     while (done := progress_of(config, step, seconds)) < 1:
         torch.manual_seed(mix(mix(mix(config.seed) ^ step) ^ rank))     # resumed, it draws the same
-        optimizer.param_groups[0]["lr"] = learning_rate(config, step, done)
+        pace = min(1, (step + 1) / 100, max(0.02, (1 - done) / 0.3))    # up, 1, the last 30 % down
+        optimizer.param_groups[0]["lr"] = config.lr * pace
         x0, poses = draw(step)
-        source, seen_from = x0, poses
-        if done >= config.other_side_from:
-            source, seen_from = from_another_side(ema, x0, poses)
+        source, seen_from = from_another_side(ema, x0, poses, done)
         value = loss(parallel, x0, poses, source)
         if model.unet.compass:
             value = value + compass_loss(model.unet.compass, source, seen_from)
@@ -553,8 +523,7 @@ def train(config, loss=denoising_loss):
 def noise_levels(schedule, steps, top=None):
     """steps + 1 levels that fall from `top` (None: T) to 0, as evenly in log(SNR) as whole numbers
     allow, as in DPM-Solver (Lu et al. 2022, arXiv 2206.00927): short steps near all noise, where it
-    is decided what the picture shows, and near none. ValueError for fewer levels than steps.
-    """
+    is decided what the picture shows, and near none. ValueError for fewer levels than steps."""
     top = schedule.T if top is None else top
     if not 1 <= steps <= top:
         raise ValueError(f"steps must be from 1 to {top}, not {steps}")
@@ -563,7 +532,7 @@ def noise_levels(schedule, steps, top=None):
     end = max(1, top // (6 * steps))
     levels = torch.searchsorted(-log_snr, -torch.linspace(*log_snr[[end, top - end]], steps + 1))
     levels[0], levels[-1], i = 0, top, torch.arange(steps + 1)
-    # each above the last and with room for those to come: `levels - i` must not fall, nor pass its end
+    # no two the same: what is left of each level i when i is taken off must not fall
     levels = (levels - i).cummax(0).values.clamp(max=top - steps) + i
     return levels.flip(0).tolist()
 
@@ -598,9 +567,7 @@ def denoise(model, x_t, poses, levels, eta, generator, watch=None):
 
 def generate(model, poses, steps=20, eta=0.0, seed=0):
     """New scenes: poses (B, 4, 4), through which they are denoised -> images (B, 3, S, S), planes.
-
-    eta = 1: Ho et al. 2020, algorithm 2, in `steps` of T; eta = 0: no fresh noise.
-    """
+    eta = 1: Ho et al. 2020, algorithm 2, in `steps` of T; eta = 0: no fresh noise."""
     S, generator = model.config.resolution, torch.Generator().manual_seed(seed)
     poses = poses.to(model.background).reshape(-1, 4, 4)
     x_T = standard_normal(poses.new_empty(len(poses), 3, S, S), generator)
@@ -615,8 +582,7 @@ def reconstruct(model, images, poses=None, t_r=0, steps=None, seed=0):
 
     t_r = 0 encodes the picture as it is. With t_r up to T it is noised to level t_r and denoised
     in `steps` (None: 50 for all of T), which moves it towards the training set's, and loses what
-    the noise hides. poses (B, 4, 4) serve t_r > 0 alone, and are found where None. ValueError for a
-    t_r outside 0..T.
+    the noise hides; by poses (B, 4, 4), found where None. ValueError for a t_r outside 0..T.
     """
     T = model.config.timesteps
     if t_r not in range(T + 1):         # NaN is not, 300.0 is
@@ -627,8 +593,7 @@ def reconstruct(model, images, poses=None, t_r=0, steps=None, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x_t = model.schedule.add_noise(images, t_r, standard_normal(images, generator))
     steps = min(t_r, math.ceil(50 * t_r / T)) if steps is None else steps
-    levels = noise_levels(model.schedule, steps, t_r)
-    return denoise(model, x_t, poses, levels, 1.0, generator)[1]
+    return denoise(model, x_t, poses, noise_levels(model.schedule, steps, t_r), 1.0, generator)[1]
 
 
 # ---- Inpainting --------------------------------------------------------------------------------
@@ -671,9 +636,8 @@ def inpaint(model, images, masks, poses=None, steps=20, jump_length=5, jump_n_sa
     pixels are set to the picture noised to the level of x_t; each jump up noises everything. (The
     paper's line 5 misprints that noise's factor; it is sqrt(1 - alpha_bar).) Beyond RePaint, each
     step also goes down `guidance` times a gradient, or else what fills a large hole ignores what is
-    round it. At the end the known pixels are put back, and this picture is encoded at t = 0.
-    Poses (B, 4, 4) are found where None. ValueError for masks that do not fit, or hide nothing or
-    everything.
+    round it. At the end the known pixels are put back, and this picture is encoded at t = 0. Poses
+    (B, 4, 4) are found where None. ValueError for masks that do not fit, or hide nothing or all.
     """
     if masks.shape != (shape := (len(images), 1, *images.shape[2:])):
         raise ValueError(f"masks must be {shape} to fit the images, not {tuple(masks.shape)}")
@@ -688,32 +652,29 @@ def inpaint(model, images, masks, poses=None, steps=20, jump_length=5, jump_n_sa
     for t, s in progress(zip(walk, walk[1:]), len(walk) - 1, "inpainting"):
         noise = standard_normal(x, generator)
         if s > t:                                               # a jump up
-            left = schedule.alpha_bar[s] / schedule.alpha_bar[t]
-            x = left.sqrt() * x + (1 - left).sqrt() * noise
+            x = schedule.add_noise(x, s, noise, t)
             continue
         x = known * schedule.add_noise(images, t, noise) + (1 - known) * x
-        if s == 0:                                              # what is kept, with fine samples
-            x = model.render(model.encode(x, t), poses)[0]
-            break
-        x0_hat, gradient = guidance_gradient(model, x, t, poses, images, known)
-        mean, variance = schedule.posterior(x0_hat.clamp(-1, 1), x, t, s)
-        x = mean + variance.sqrt() * standard_normal(x, generator) - guidance * gradient
-    x = known * images + (1 - known) * x.clamp(-1, 1)
+        if s > 0:
+            x0_hat, gradient = guidance_gradient(model, x, t, poses, images, known)
+            mean, variance = schedule.posterior(x0_hat.clamp(-1, 1), x, t, s)
+            x = mean + variance.sqrt() * standard_normal(x, generator) - guidance * gradient
+    x0_hat, _, _ = model.render(model.encode(x, t), poses)      # what is kept, with fine samples
+    x = known * images + (1 - known) * x0_hat.clamp(-1, 1)
     return x, model.encode(x, 0)
 
 
 # ---- Beyond the paper: the compass and the other side ------------------------------------------
 
-# A picture shows an object's turn against the camera, a; planes need its turn in the world, a + b
-# with b the camera's azimuth. cos(a + b) = cos a cos b - sin a sin b is made of products, which
-# plain training does not find (results/README.md). So a small network estimates b, and the
-# estimate scales and shifts the encoder's stages on the way up, as t does. They are told not b but
-# `fold` * b: with 4, cameras a quarter turn apart are the same to them, enough for how a box is
-# turned, and too little for a relief: a shape that looks right from the picture's side alone.
-
 class Compass(nn.Module):
     """Estimates a picture's azimuth: x_t (B, 3, S, S) -> its cosine and sine (B, 2).
 
+    A picture shows an object's turn against the camera, a; planes need its turn in the world, a + b
+    with b the camera's azimuth. cos(a + b) = cos a cos b - sin a sin b is made of products, which
+    plain training does not find (results/README.md). So a small network estimates b, and the
+    estimate scales and shifts the encoder's stages on the way up, as t does. They are told not b
+    but `fold` * b: with 4, cameras a quarter turn apart are the same to them, enough for how a box
+    is turned, and too little for a relief, a shape that looks right from the picture's side alone.
     Taught by the squared error, it gives the mean over what the picture leaves open: a vector the
     shorter, the less can be told. It sees the picture averaged down to 32.
     """
@@ -750,14 +711,12 @@ def compass_loss(compass, pictures, poses):
 
 
 @torch.no_grad()
-def from_another_side(ema, x0, poses):
-    """Pictures (B, 3, S, S) to be encoded, and their poses: in a share `other_side` of them what
-    the averaged model shows of the scene from another picture's camera, else x0 itself.
-
-    What is compared stays x0 at its own camera: so planes must hold where the encoder did not look,
-    and training still sees one view a scene.
-    """
-    n = round(len(x0) * ema.config.other_side)
+def from_another_side(ema, x0, poses, done=1.0):
+    """Pictures (B, 3, S, S) to be encoded, and their poses: x0, but in a share `other_side` of
+    them, from `other_side_from` of the training on, what the averaged model shows of the scene from
+    another picture's camera. What is compared stays x0 at its own camera: so planes must hold where
+    the encoder did not look, and training still sees one view a scene."""
+    n = round(len(x0) * ema.config.other_side * (done >= ema.config.other_side_from))
     source, seen_from = x0.clone(), poses.clone()
     if n:
         seen_from[:n] = poses.roll(1, dims=0)[:n]

@@ -451,14 +451,16 @@ def test_any_density_on_any_ray_gives_finite_values_and_gradients(sigma, fine):
             assert (opacity[0, [3, 7, 8, 9]] > 0.99).all() and not opacity[0, 4:7].any()
 
 
-def test_samples_are_in_the_middle_of_their_parts_or_where_jitter_says():
+def test_samples_are_in_the_middle_of_their_parts_or_with_jitter_anywhere():
     """Of the ray's interval in the cube, cut into equal parts."""
-    asked = []
-    for jitter in (None, torch.tensor([[[0.0, 0.25, 0.5, 1.0]]])):
-        rd.march(lambda p: asked.append(p[0, :, 0].tolist()) or (p[..., 0], p), torch.tensor(
-            [[[-2.0, 0, 0]]]), torch.tensor([[[1.0, 0, 0]]]), 4, 0, torch.zeros(3), jitter)
-    assert asked[0] == pytest.approx([-0.75, -0.25, 0.25, 0.75])
-    assert asked[1] == pytest.approx([-1, -0.375, 0.25, 1])
+    asked, ray = [], torch.tensor([[[-2.0, 0, 0]], [[1.0, 0, 0]]]).expand(2, 5000, 3)
+    for jitter in (False, True):
+        rd.march(lambda p: asked.append(p[0, :, 0].view(-1, 4)) or (p[..., 0], p), *ray[:, None], 4,
+                 0, torch.zeros(3), jitter)
+    middle, moved = torch.tensor([-0.75, -0.25, 0.25, 0.75]), asked[1] - asked[0]
+    assert torch.allclose(asked[0], middle.expand(5000, 4), atol=1e-6)
+    assert moved.abs().max() <= 0.25 and moved.mean(0).abs().max() < 0.01
+    assert moved.std(0).sub(0.5 / 12 ** 0.5).abs().max() < 0.01         # evenly
 
 
 # The model --------------------------------------------------------------------------------------
@@ -793,22 +795,22 @@ torch.save(rd.train(config, loss).state_dict(), f"{{world}}_{{rank}}.pt")
 
 # Sampling ---------------------------------------------------------------------------------------
 
-def test_levels_rise_and_share_log_snr_evenly():
-    """From 0 to the top, all of them where steps are as many; nearly even in log(SNR) between."""
+def test_levels_fall_and_share_log_snr_evenly():
+    """From the top to 0, all of them where steps are as many; nearly even in log(SNR) between."""
     for T, kind, top in ((1000, "linear", 300), (50, "cosine", 40), (7, "cosine", None)):
         schedule, end = NoiseSchedule(T, kind), top or T
         for steps in range(1, end + 1):
             levels = noise_levels(schedule, steps, top)
-            assert len(levels) == steps + 1 and levels[0] == 0 and levels[-1] == end
-            assert levels == sorted(set(levels))
-        assert levels == list(range(end + 1))
+            assert len(levels) == steps + 1 and levels[0] == end and levels[-1] == 0
+            assert levels == sorted(set(levels), reverse=True)
+        assert levels == list(range(end, -1, -1))
         for steps in (0, end + 1):
             with pytest.raises(ValueError, match=f"from 1 to {end}, not {steps}"):
                 noise_levels(schedule, steps, top)
     schedule = NoiseSchedule(100_000)
     log_snr = schedule.alpha_bar[noise_levels(schedule, 20)[1:-1]].logit()
-    assert log_snr.diff().mean() < -0.5 and log_snr.diff().std() < 0.03
-    assert log_snr[0] > 6 and log_snr[-1] < -7              # and far into both ends
+    assert log_snr.diff().mean() > 0.5 and log_snr.diff().std() < 0.03
+    assert log_snr[0] < -7 and log_snr[-1] > 6              # and far into both ends
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -834,11 +836,11 @@ def test_without_fresh_noise_sampling_follows_the_flow():
         levels = noise_levels(model.schedule, steps)
         x = x_T = torch.randn(50, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         if first_order:                                             # DDIM
-            for t, s in zip(levels[:0:-1], levels[-2::-1]):
+            for t, s in zip(levels, levels[1:]):
                 x, _ = model.schedule.posterior(model.encode(x, t), x, t, s, eta=0)
         else:
             x, _ = generate(model, PAIR[:1].expand(50, 4, 4), steps, eta=0)
-            assert torch.equal(model.asked[0][1], x_T) and model.levels() == levels[:0:-1]
+            assert torch.equal(model.asked[0][1], x_T) and model.levels() == levels[:-1]
         ab = float(model.schedule.alpha_bar[-1])
         spread = (ab * Grey.spread ** 2 + (1 - ab) / x[0].numel()) ** 0.5      # of x_T's grey
         exact = Grey.mean * (1 - ab ** 0.5 * Grey.spread / spread)
@@ -861,7 +863,7 @@ def test_a_seed_is_a_picture_and_every_step_can_be_watched():
     images, _ = rd.denoise(model, x_T, PAIR, levels, 0, torch.Generator(),
                            watch=lambda *frame: frames.append(frame))
     times, x_t, x0_hat, depth = zip(*frames)
-    assert list(times) == levels[:0:-1] and torch.equal(x_t[0], x_T)
+    assert list(times) == levels[:-1] and torch.equal(x_t[0], x_T)
     assert torch.equal(x0_hat[-1], images) and all(d.shape == (2, 16, 16) for d in depth)
 
 
@@ -950,7 +952,7 @@ def test_inpainting_continues_what_is_known_and_follows_repaint():
         errors.append((filled[..., 9:].mean((1, 2, 3)) - grey.flatten()).abs().mean())
     assert errors[0] < errors[1] < 0.2 * Greys.spread
     walk, levels = repaint_schedule(20, 5, 3), noise_levels(model.schedule, 20)
-    downs = [levels[i + 1] for i, j in zip(walk, walk[1:]) if j < i]
+    downs = [levels[-2 - i] for i, j in zip(walk, walk[1:]) if j < i]
     assert [t for t, _ in model.asked] == [*downs, 0]
     for t, x_t in model.asked[:-1]:
         kept = float(model.schedule.alpha_bar[t])
