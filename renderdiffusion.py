@@ -147,7 +147,7 @@ class NoiseSchedule:
 # ---- U-Net encoder: noisy picture -> planes ----------------------------------------------------
 
 def zero(layer):
-    """The layer, all its weights zero: what it is added to is at first left as it is."""
+    """The layer, its weights set to zero: it changes nothing at first where its output is added."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -326,15 +326,14 @@ def march(field, origins, directions, samples, fine_samples, background, jitter=
     """Render rays (B, R, 3) of a field -> rgb (B, R, 3) in [0, 1], depth, opacity (B, R).
 
     field: points (B, P, 3) -> density (B, P), colour (B, P, 3). Depth is the expected distance,
-    to the cube's far side for what passes through. With jitter samples lie anywhere in their parts
-    of a ray, else in the middle.
+    to the cube's far side for what passes through. jitter puts samples anywhere in their parts.
     """
     near, far = (x[..., None] for x in ray_interval(origins, directions))      # (B, R, 1)
 
     def stratified(count):
         """One in each of so many equal parts of [0, 1]: (B, R, count)."""
-        place = torch.full_like(near, 0.5).expand(-1, -1, count)
-        place = torch.rand_like(place) if jitter else place
+        middle = torch.full_like(near, 0.5).expand(-1, -1, count)
+        place = torch.rand_like(middle) if jitter else middle
         return (torch.arange(count, device=near.device) + place) / count
 
     def evaluate(t):
@@ -532,9 +531,9 @@ def noise_levels(schedule, steps, top=None):
     end = max(1, top // (6 * steps))
     levels = torch.searchsorted(-log_snr, -torch.linspace(*log_snr[[end, top - end]], steps + 1))
     levels[0], levels[-1], i = 0, top, torch.arange(steps + 1)
-    # no two the same: what is left of each level i when i is taken off must not fall
+    # no two the same: level i less i never falls, nor takes the room of those to come
     levels = (levels - i).cummax(0).values.clamp(max=top - steps) + i
-    return levels.flip(0).tolist()
+    return [int(level) for level in levels.flip(0)]
 
 
 def standard_normal(like, generator):

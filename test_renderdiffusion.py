@@ -452,15 +452,14 @@ def test_any_density_on_any_ray_gives_finite_values_and_gradients(sigma, fine):
 
 
 def test_samples_are_in_the_middle_of_their_parts_or_with_jitter_anywhere():
-    """Of the ray's interval in the cube, cut into equal parts."""
+    """Of the ray's interval in the cube, cut into equal parts; and there evenly."""
     asked, ray = [], torch.tensor([[[-2.0, 0, 0]], [[1.0, 0, 0]]]).expand(2, 5000, 3)
     for jitter in (False, True):
         rd.march(lambda p: asked.append(p[0, :, 0].view(-1, 4)) or (p[..., 0], p), *ray[:, None], 4,
                  0, torch.zeros(3), jitter)
-    middle, moved = torch.tensor([-0.75, -0.25, 0.25, 0.75]), asked[1] - asked[0]
-    assert torch.allclose(asked[0], middle.expand(5000, 4), atol=1e-6)
-    assert moved.abs().max() <= 0.25 and moved.mean(0).abs().max() < 0.01
-    assert moved.std(0).sub(0.5 / 12 ** 0.5).abs().max() < 0.01         # evenly
+    assert torch.allclose(asked[0], torch.tensor([-0.75, -0.25, 0.25, 0.75]), atol=1e-6)
+    for moved in (asked[1] - asked[0]).T:
+        assert torch.histc(moved, 5, -0.25, 0.25).sub(1000).abs().max() < 150
 
 
 # The model --------------------------------------------------------------------------------------
@@ -804,9 +803,6 @@ def test_levels_fall_and_share_log_snr_evenly():
             assert len(levels) == steps + 1 and levels[0] == end and levels[-1] == 0
             assert levels == sorted(set(levels), reverse=True)
         assert levels == list(range(end, -1, -1))
-        for steps in (0, end + 1):
-            with pytest.raises(ValueError, match=f"from 1 to {end}, not {steps}"):
-                noise_levels(schedule, steps, top)
     schedule = NoiseSchedule(100_000)
     log_snr = schedule.alpha_bar[noise_levels(schedule, 20)[1:-1]].logit()
     assert log_snr.diff().mean() > 0.5 and log_snr.diff().std() < 0.03
@@ -964,10 +960,10 @@ def test_inpainting_continues_what_is_known_and_follows_repaint():
 
 BLACK = torch.zeros(2, 3, 16, 16)
 REFUSED = [     # a call, and the word that its sentence must have
-    *((lambda s=s: generate(Greys(), PAIR, steps=s), "steps") for s in (0, -1, 1001)),
+    *((lambda s=s: generate(Greys(), PAIR, steps=s), "1 to 1000") for s in (0, -1, 1001)),
     *((lambda t=t: reconstruct(Greys(), BLACK, PAIR, t_r=t), "t_r") for t in (
         -1, 1001, 0.5, math.nan)),
-    *((lambda s=s: reconstruct(Greys(), BLACK, PAIR, 500, s), "steps") for s in (0, -1, 501)),
+    *((lambda s=s: reconstruct(Greys(), BLACK, PAIR, 500, s), "1 to 500") for s in (0, -1, 501)),
     *((lambda s=s: inpaint(Greys(), BLACK, torch.ones(s), PAIR), "masks must be") for s in (
         (1, 16, 16), (2, 3, 16, 16), (2, 1, 8, 8), (1, 1, 16, 16))),
     *((lambda v=v: inpaint(Greys(), BLACK, torch.full((2, 1, 16, 16), v), PAIR), "hide a part")
