@@ -457,6 +457,11 @@ def denoising_loss(model, x0, poses, source=None):
     return compare(x0_hat, target)
 
 
+def learning_rate(config, step, done):
+    """Warm-up over 100 steps, then constant, and a linear fall over the last 30 %."""
+    return config.lr * min(1, (step + 1) / 100, max(0.02, (1 - done) / 0.3))
+
+
 @torch.no_grad()
 def update_average(ema, model, step, decay=0.999):
     """Move the averaged weights towards the model's; at first faster, to forget the start."""
@@ -495,8 +500,7 @@ def train(config, loss=denoising_loss):
     start = time.time() - seconds
     while (done := progress_of(config, step, seconds)) < 1:
         torch.manual_seed(mix(mix(mix(config.seed) ^ step) ^ rank))     # resumed, it draws the same
-        pace = min(1, (step + 1) / 100, max(0.02, (1 - done) / 0.3))    # up, 1, the last 30 % down
-        optimizer.param_groups[0]["lr"] = config.lr * pace
+        optimizer.param_groups[0]["lr"] = learning_rate(config, step, done)
         x0, poses = draw(step)
         source, seen_from = from_another_side(ema, x0, poses, done)
         value = loss(parallel, x0, poses, source)

@@ -74,7 +74,27 @@ def test_each_run_changes_what_it_says(monkeypatch, tmp_path):
     moves = [torch.linalg.inv(x[:, :1]) @ x for x in (plain, poses)]
     assert torch.allclose(*moves, atol=1e-5)
     assert [name for name, (model, _) in seen.items() if model.unet.compass] == [
-        "fold", "default", "relief", "varied"]
+        "fold", "default", "relief", "varied", "nothing", "mixed"]
+
+
+def test_mixed_pictures_are_half_real_and_half_traced(tmp_path):
+    """The first half is what the set gives alone, the other what the ray tracer does."""
+    config = rd.Config(data="clevr1_blender", resolution=16, batch=6)
+    halves = [rd.training_pictures(replace(config, data=name, batch=3), "cpu")[0]
+              for name in ("clevr1_blender", "clevr1")]
+    draw, camera = ablations.mixed_pictures(config, "cpu")
+    torch.manual_seed(3)
+    images, poses = draw(5)
+    torch.manual_seed(3)
+    for i, half in enumerate(halves):
+        assert torch.equal(images[3 * i:3 * i + 3], (alone := half(5))[0])
+        assert torch.equal(poses[3 * i:3 * i + 3], alone[1])
+    assert camera == rd.training_pictures(config, "cpu")[1]
+    np.savez(tmp_path / "wide.npz", images=np.zeros((2, 2, 16, 16, 3), np.uint8), focal=1.0,
+             poses=orbit(torch.arange(4.0) * 90, 30, 2.7).view(2, 2, 4, 4).numpy(),
+             background=np.uint8([9, 9, 9]))
+    with pytest.raises(ValueError, match="another lens"):
+        ablations.mixed_pictures(replace(config, data=str(tmp_path / "wide.npz")), "cpu")
 
 
 def test_two_views_are_of_one_scene_and_one_is_encoded():
