@@ -91,18 +91,13 @@ class Views:
 
     def to(self, device):
         """The same on another device."""
-        return moved(self, device)
+        return replace(self, **{name: field.to(device) for name, field in vars(self).items()
+                                if torch.is_tensor(field)})
 
     def __getitem__(self, scenes):
         """The scenes of a slice, a list or an index tensor; one scene is `views[i:i + 1]`."""
         return replace(self, images=self.images[scenes], poses=self.poses[scenes],
                        depth=None if self.depth is None else self.depth[scenes])
-
-
-def moved(record, device):
-    """A dataclass of tensors, and other things, on another device."""
-    return replace(record, **{name: field.to(device) for name, field in vars(record).items()
-                              if torch.is_tensor(field)})
 
 
 def progress(items, total, what):
@@ -183,9 +178,10 @@ def trace_chunk(scenes, scene, poses, focal, side, shaded):
     signs = torch.cartesian_prod(*[poses.new_tensor([-1, 1])] * 3).T              # (3, 8)
     corners = linear(to_world[..., None, :], signs[..., None]) + to_world[:, 3:]  # (3, 8, M)
 
-    def candidates(corners):
-        """Kind by kind, pairs of a primitive and a ray (in 0..B*R-1) inside the box around the
-        image of its `corners` (3, 8 or 16, M); rays that pass well beside it are never tested."""
+    def crossings(corners, start, direction, owner):
+        """Kind by kind, primitives and the world rays (in 0..B*R-1) that cross them, and where; no
+        ray starts on its owner. Rays that pass well beside the image of a primitive's `corners`
+        (3, 8 or 16, M) are never tested."""
         relative = corners - poses[image, :3, 3].T[:, None]
         x, y, z = ((poses[image, :3, i].T[:, None] * relative).sum(0) for i in range(3))  # (8, M)
         pixels = ((torch.stack([x, y]) / z * focal + 0.5) * side).clamp(-1, side + 1)
@@ -198,12 +194,13 @@ def trace_chunk(scenes, scene, poses, focal, side, shaded):
             some, pixel = (row[chosen, :, None] & column[chosen, None]).flatten(1).nonzero(
                 as_tuple=True)
             one = take(chosen, some)
-            yield k, one, take(image, one) * side ** 2 + pixel
-
-    def crossing(k, one, start, direction):
-        """Where world rays (3, K) enter and leave primitives (K,), all of one kind."""
-        matrix = take(to_object, one)
-        return intersect(k, linear(matrix, start) + matrix[:, 3], linear(matrix, direction))
+            ray = take(image, one) * side ** 2 + pixel
+            other = (take(owner, ray) != one).nonzero()[:, 0]   # convex: no shadow on itself
+            one, ray = take(one, other), take(ray, other)
+            matrix = take(to_object, one)
+            near, far = intersect(k, linear(matrix, take(start, ray)) + matrix[:, 3],
+                                  linear(matrix, take(direction, ray)))
+            yield one, ray, near, far
 
     # The first hit: the ground, or a primitive that is nearer
     center, direction = (x.permute(2, 0, 1).flatten(1) for x in camera_rays(poses, focal, side))
@@ -211,8 +208,7 @@ def trace_chunk(scenes, scene, poses, focal, side, shaded):
     depth = torch.where(depth > 0, depth, math.inf)
     owner = torch.full_like(depth, -1, dtype=torch.long)            # which primitive a ray hits
     found = []
-    for k, one, ray in candidates(corners):
-        near, far = crossing(k, one, take(center, ray), take(direction, ray))
+    for one, ray, near, far in crossings(corners, center, direction, owner):
         hit = ((near < far) & (near > 0) & (near < take(depth, ray))).nonzero()[:, 0]
         found.append((near[hit], one[hit], ray[hit]))
     near, one, ray = (torch.cat(column) for column in zip(*found))
@@ -227,10 +223,7 @@ def trace_chunk(scenes, scene, poses, focal, side, shaded):
     drop = (corners[2] - scenes.ground) / light[2]                                # (8, M)
     swept = torch.cat([corners, corners - drop * light[..., None]], 1)            # (3, 16, M)
     point, lit = center + direction * depth, torch.ones_like(depth)               # (3, B*R)
-    for k, one, ray in candidates(swept):
-        other = (take(owner, ray) != one).nonzero()[:, 0]       # convex: no shadow on itself
-        one, ray = take(one, other), take(ray, other)
-        near, far = crossing(k, one, take(point, ray), light)
+    for one, ray, near, far in crossings(swept, point, light.expand_as(point), owner):
         lit[ray[(near < far) & (far > 1e-3)]] = 0.0
     bright = torch.where((lit > 0) | depth.isinf(), 1.0, SHADOW)                  # so is the sky
     color = poses.new_tensor(scenes.background)[:, None] * bright
@@ -294,7 +287,7 @@ def named(item):
 
 
 def open_picture(path, turn=True):
-    """The picture in a file as a PIL image of 8 bits; ValueError or OSError if there is none.
+    """The picture in a file as a PIL image, RGBA; ValueError or OSError if there is none.
 
     turn: as its EXIF says; pictures with poses are read as they are stored, as COLMAP does.
     """
@@ -302,32 +295,28 @@ def open_picture(path, turn=True):
         raise FileNotFoundError(f"there is no picture {path}")
     with named(path):
         image = Image.open(path)
-        image.load()
-        if turn:
-            image = ImageOps.exif_transpose(image)
+        image = ImageOps.exif_transpose(image) if turn else image
         if image.mode[0] in "IF":       # 16 bits, or floats from 0 to 1: PIL would cut them off
             values = np.asarray(image)
             scale = 1 / 257 if image.mode[0] == "I" else 255 if values.max() <= 1 else 1
             opaque = np.where(values != image.info.get("transparency"), 255, 0)
             grey = np.rint(values * scale).clip(0, 255)
             image = Image.fromarray(np.uint8(np.dstack([grey, opaque])))
-    return image
+        return image.convert("RGBA")
 
 
 def flatten(image, background):
-    """A PIL image in RGB, its alpha laid on `background` (in [-1, 1]), and that colour as PIL's."""
+    """An RGBA image in RGB, laid on `background` (in [-1, 1])."""
     color = tuple(round((b + 1) * 127.5) for b in background)
-    canvas = Image.new("RGBA", image.size, color)
-    canvas.alpha_composite(image.convert("RGBA"))
-    return canvas.convert("RGB"), color
+    return Image.alpha_composite(Image.new("RGBA", image.size, color), image).convert("RGB")
 
 
-def square(image, side, method, fit, color):
-    """A PIL image as a uint8 tensor (C, side, side): fit "crop" takes its middle, "pad" lays it on
-    a color."""
-    fits = {"crop": ImageOps.fit, "pad": partial(ImageOps.pad, color=color)}
-    fitted = fits[fit](image, (side, side), method)
-    return torch.from_numpy(np.array(fitted)).view(side, side, -1).permute(2, 0, 1)
+def square(image, side, method, fit, background):
+    """A PIL image as a uint8 tensor (3, side, side): fit "crop" takes its middle, "pad" lays it on
+    the background."""
+    fits = {"crop": ImageOps.fit, "pad": partial(ImageOps.pad, color=0)}            # 0: transparent
+    image = flatten(fits[fit](image.convert("RGBA"), (side, side), method), background)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def read_image(path, resolution, background=(1.0, 1.0, 1.0), fit="crop"):
@@ -336,8 +325,8 @@ def read_image(path, resolution, background=(1.0, 1.0, 1.0), fit="crop"):
     Alpha is composited on `background` (RGB in [-1, 1]); the picture is cropped to its middle
     square, or padded to a square with fit="pad", and resized with anti-aliasing.
     """
-    image, color = flatten(open_picture(path), background)
-    return square(image, resolution, Image.Resampling.LANCZOS, fit, color).float() / 127.5 - 1
+    image = square(open_picture(path), resolution, Image.Resampling.LANCZOS, fit, background)
+    return image.float() / 127.5 - 1
 
 
 def read_mask(path, resolution, size=None, fit="crop"):
@@ -352,11 +341,12 @@ def read_mask(path, resolution, size=None, fit="crop"):
     if image.size != size:
         raise ValueError(f"the mask {path} is {image.size[0]} x {image.size[1]} pixels and its "
                          f"picture {size[0]} x {size[1]}: make them equal")
-    known, alpha = np.moveaxis(np.array(image.convert("RGBA").convert("LA")), 2, 0)
+    known, alpha = np.moveaxis(np.array(image.convert("LA")), 2, 0)
     if alpha.min() < 255:
         known = alpha * known[alpha > 127].any()
-    fitted = square(Image.fromarray(known), resolution, Image.Resampling.BOX, fit, 255) > 127
-    if fitted.all() or not fitted.any() or known.max() < 128:
+    image, white = Image.fromarray(known), (1.0, 1.0, 1.0)
+    fitted = square(image, resolution, Image.Resampling.BOX, fit, white)[:1] > 127
+    if fitted.all() or known.max() < 128 or not fitted.any():
         raise ValueError(f"the mask {path} hides {'nothing' if fitted.all() else 'all'}: white is "
                          "what is known, black or transparent what is to be filled")
     return fitted.float()
@@ -475,19 +465,17 @@ def read_square(shot, half, resolution, background):
     """The square of a shot's picture around its principal point, uint8 (3, S, S); at depth 1 its
     half side is `half`. Pixels that are not square become so."""
     fx, fy, cx, cy, w, h = shot.lens
-    if shot.image is None:
-        image, method = open_picture(shot.picture, turn=False), Image.Resampling.LANCZOS
-    else:
-        image, method = Image.fromarray(shot.image), Image.Resampling.BOX
+    image = open_picture(shot.picture, turn=False) if shot.image is None else Image.fromarray(
+        shot.image).convert("RGBA")
     if abs(image.width * h / (image.height * w) - 1) > 0.02:
         raise ValueError(f"{image.width} x {image.height} pixels do not fit its camera's "
                          f"{w:g} x {h:g}")
     if shot.mask:
-        image = image.convert("RGB")
         image.putalpha(open_picture(shot.mask, turn=False).convert("L"))
     x, y, half_w, half_h = cx / w, cy / h, half * fx / w, half * fy / h
     box = np.clip([x - half_w, y - half_h, x + half_w, y + half_h], 0, 1) * (image.size * 2)
-    image = flatten(image, background)[0].resize((resolution, resolution), method, tuple(box))
+    method = Image.Resampling.LANCZOS if shot.image is None else Image.Resampling.BOX
+    image = flatten(image, background).resize((resolution, resolution), method, tuple(box))
     return np.moveaxis(np.array(image), 2, 0)
 
 
@@ -625,22 +613,19 @@ def load_folder(path, split=None, scale=None, **how):
 
     @cache
     def shots_of(file):
-        about, shots = json.loads(file.read_text("utf-8-sig")), []
+        about = json.loads(file.read_text("utf-8-sig"))
         frames = [{key: value for key, value in (*about.items(), *frame.items())
                    if value is not None} for frame in about["frames"]]
-        for frame in frames:
-            if (picture := locate(file, frame["file_path"])).is_file():
-                mask = locate(file, frame["mask_path"]) if "mask_path" in frame else None
-                shots.append(Shot(picture, np.array(frame["transform_matrix"], float) * FLIP,
-                                  lens_of(frame, picture), mask))
-            else:
-                missing = picture
-        if len(shots) < len(frames):
-            print(f"{file}: {len(frames) - len(shots)} of {len(frames)} pictures are missing, "
-                  f"such as {missing}", file=sys.stderr)
+        pictures = [locate(file, frame["file_path"]) for frame in frames]
+        if missing := [picture for picture in pictures if not picture.is_file()]:
+            print(f"{file}: {len(missing)} of {len(frames)} pictures are missing, such as "
+                  f"{missing[0]}", file=sys.stderr)
         if any(frame.get(key) for frame in frames for key in ("k1", "k2", "k3", "k4", "p1", "p2")):
             print(f"{file}: lens distortion is not corrected", file=sys.stderr)
-        return shots
+        return [Shot(picture, np.array(frame["transform_matrix"], float) * FLIP,
+                     lens_of(frame, picture),
+                     locate(file, frame["mask_path"]) if "mask_path" in frame else None)
+                for frame, picture in zip(frames, pictures) if picture.is_file()]
     if scale is None:
         (first, *_), _ = find(path, load_folder, None)
         with named(first):
@@ -714,10 +699,12 @@ def load_clevr(path, split=None, scenes=None, views=None, resolution=64, seed=0,
     chosen, held_out = hold_back(path, list(layouts), split)
     rows = parallel(lambda scene: clevr_primitives(layouts[scene]["objects"]), chosen[:scenes],
                     "scenes")
-    made = Scenes(*(pad_sequence(column, True, EMPTY) for column in zip(*rows)), 0.0,
-                  SETS["clevr"].background)
+
+    def layouts_of(name, scenes, seed, start, device):
+        columns = (pad_sequence(column, True, EMPTY).to(device) for column in zip(*rows))
+        return Scenes(*columns, 0.0, SETS[name].background)
     drawn = synthetic("clevr", len(rows), views or 1, resolution, -1 - seed if held_out else seed,
-                      device, made=made)
+                      device, make=layouts_of)
     return replace(drawn, name=files[0].stem, scale=CLEVR_SCALE, held_out=held_out)
 
 
@@ -1093,18 +1080,18 @@ def random_scenes(name, scenes, seed=0, start=0, device="cpu"):
 
 
 def synthetic(name, scenes, views=1, resolution=64, seed=0, device="cpu", start=0, samples=2,
-              depth=True, made=None):
+              depth=True, make=random_scenes):
     """`Views` of scenes start..start+scenes-1 of a built-in set, from random cameras.
 
     Scene i and its view v are the same whatever else is asked for. samples: anti-aliasing by
     samples x samples rays a pixel. Without `depth`, which takes time, `Views.depth` is None.
-    made: `Scenes` that are drawn in place of the set's.
+    make: gives other `Scenes` than the set's, by the arguments of `random_scenes`.
     """
     if min(scenes, views, resolution, samples) < 1:
         raise ValueError("scenes, views, resolution and samples have to be at least 1")
     about, where = SETS[name], "cpu" if torch.device(device).type == "mps" else device
     poses = random_poses(name, scenes, views, seed, start, where)
-    made = moved(made, where) if made else random_scenes(name, scenes, seed, start, where)
+    made = make(name, scenes, seed, start, where)
     images, depths = trace(made, poses, about.focal, resolution, samples, depth)
     background = torch.tensor(about.background) * 2 - 1
     return Views(images, poses, about.focal, background, name, depth=depths).to(device)
