@@ -424,12 +424,6 @@ class Shot(NamedTuple):
         return str(self.picture)
 
 
-def read_numbers(path, count):
-    """The first numbers of a text file (count,)."""
-    with named(path):
-        return np.array(path.read_text("utf-8-sig").split()[:count], float).reshape(count)
-
-
 def half_view(shot):
     """Half the side of a shot's largest square around the principal point, at depth 1."""
     with named(shot):
@@ -449,7 +443,7 @@ def cube_scale(shots):
 
 def read_pose(shot, scale):
     """A shot's pose (4, 4) in cube units; ValueError where a model can't be trained with it."""
-    pose = read_numbers(shot.pose, 16) if isinstance(shot.pose, Path) else shot.pose
+    pose = shot.pose.read_text().split() if isinstance(shot.pose, Path) else shot.pose
     pose = np.array(pose, float).ravel()[:12].reshape(3, 4)
     R, center = pose[:, :3], pose[:, 3] / scale
     error, distance = abs(R.T @ R - np.eye(3)).max(), np.linalg.norm(center)
@@ -479,11 +473,11 @@ def read_square(shot, half, resolution, background):
     return np.moveaxis(np.array(image), 2, 0)
 
 
-def read_views(path, found, shots_of, scale, split, background=(1.0, 1.0, 1.0), scenes=None,
+def read_views(path, found, split, shots_of, scale, background=(1.0, 1.0, 1.0), scenes=None,
                views=None, resolution=64, seed=0, device="cpu"):
     """`Views` of the first scenes of the list `found`; shots_of(scene) lists the `Shot`s of one.
 
-    scale: world units a cube unit. split: what is held back, as `find` has it. Some views of many
+    split: what is held back, as `find` has it. scale: world units a cube unit. Some views of many
     are evenly spread, from a start that differs by scene: NMR's scenes share their cameras, and one
     view of each would show one side of all. The crop is the largest that all pictures have room
     for: a set has one focal. A line on stderr where z is not up, or cameras look away.
@@ -534,13 +528,13 @@ def load_srn(path, split=None, **how):
     `*_val`, `*_test` of such.
     """
     def shots_of(rgb):
-        f, cx, cy, *_, h, w = read_numbers(rgb.parent / "intrinsics.txt", 10)
+        numbers = (rgb.parent / "intrinsics.txt").read_text().split()[:10]
+        f, cx, cy, _, _, _, _, _, h, w = map(float, numbers)
         if cx >= w:                     # an older archive states f, cx and cy for 512 pixels
             w, h = 2 * cx, 2 * cy
         return [Shot(picture, rgb.parent / f"pose/{picture.stem}.txt", (f, f, cx, cy, w, h))
                 for picture in visible(rgb, "*.png")]
-    found, split = find(path, load_srn, split)
-    return read_views(path, found, shots_of, SHAPENET_SCALE, split, **how)
+    return read_views(path, *find(path, load_srn, split), shots_of, SHAPENET_SCALE, **how)
 
 
 def load_nmr(path, split=None, **how):
@@ -551,20 +545,19 @@ def load_nmr(path, split=None, **how):
     """
     def shots_of(scene):
         shots, y_to_z_up = [], np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]])
+        masks = {file.name: file for file in visible(scene, "mask/*.png")}
         with np.load(scene / "cameras.npz", allow_pickle=False) as file:
             for i, picture in enumerate(visible(scene, "image/*.png")):
                 pose = np.linalg.inv([*file[f"world_mat_{i}"][:3], [0, 0, 0, 1]])
                 K = file[f"camera_mat_{i}"].astype(float)               # for pixels from -1 to 1
                 lens = K[0, 0], K[1, 1], K[0, 2] + 1, K[1, 2] + 1, 2, 2
-                mask = scene / "mask" / picture.name
-                shots.append(Shot(picture, y_to_z_up @ pose[:3], lens,
-                                  mask if mask.is_file() else None))
+                shots.append(Shot(picture, y_to_z_up @ pose[:3], lens, masks.get(picture.name)))
         return shots
     files, split = find(path, load_nmr, split)
     listed = [file.parent / name for file in files if file.suffix == ".lst"
               for name in file.read_text("utf-8-sig").split()]
     found = [scene for scene in listed or [file.parent for file in files] if scene.is_dir()]
-    return read_views(path, found, shots_of, SHAPENET_SCALE, split, **how)
+    return read_views(path, found, split, shots_of, SHAPENET_SCALE, **how)
 
 
 def load_clevr567(path, split=None, **how):
@@ -578,7 +571,7 @@ def load_clevr567(path, split=None, **how):
         picture = pose.with_name(pose.name.replace("_RT.txt", ".png"))
         scene = pose.parent / re.sub(r".*(sc\d+).*", r"\1", pose.name)
         found[scene].append(Shot(picture, pose, lens))
-    return read_views(path, list(found), found.get, CLEVR_SCALE, split, **how)
+    return read_views(path, list(found), split, found.get, CLEVR_SCALE, **how)
 
 
 def load_folder(path, split=None, scale=None, **how):
@@ -630,8 +623,7 @@ def load_folder(path, split=None, scale=None, **how):
         (first, *_), _ = find(path, load_folder, None)
         with named(first):
             scale = cube_scale(shots_of(first))
-    found, split = find(path, load_folder, split)
-    return read_views(path, found, shots_of, scale, split, **how)
+    return read_views(path, *find(path, load_folder, split), shots_of, scale, **how)
 
 
 def load_npz(path, split=None, resolution=64, **how):
@@ -662,7 +654,7 @@ def load_npz(path, split=None, resolution=64, **how):
             Shot(f"{file}: images[{i}, {v}]", poses[i, v], (fx, fx, W / 2, H / 2, W, H),
                  image=images[i, v]) for v in range(V)] for i in range(N)}
         scale = cube_scale(found[f"{file}: images[0]"]) if tiny else 1.0
-    return read_views(path, list(found), found.get, scale, split,
+    return read_views(path, list(found), split, found.get, scale,
                       tuple((color / 127.5 - 1).tolist()), resolution=resolution, **how)
 
 
@@ -703,9 +695,9 @@ def load_clevr(path, split=None, scenes=None, views=None, resolution=64, seed=0,
     def layouts_of(name, scenes, seed, start, device):
         columns = (pad_sequence(column, True, EMPTY).to(device) for column in zip(*rows))
         return Scenes(*columns, 0.0, SETS[name].background)
-    drawn = synthetic("clevr", len(rows), views or 1, resolution, -1 - seed if held_out else seed,
-                      device, make=layouts_of)
-    return replace(drawn, name=files[0].stem, scale=CLEVR_SCALE, held_out=held_out)
+    drawn = synthetic("clevr", len(rows), views or 1, resolution, seed, device, 0, 2, True,
+                      held_out, layouts_of)
+    return replace(drawn, name=files[0].stem, scale=CLEVR_SCALE)
 
 
 # ---- Data by its name --------------------------------------------------------------------------
@@ -733,9 +725,8 @@ def load(spec, scenes=None, views=None, resolution=64, split=None, seed=0, devic
     if split not in (None, "train", "test"):
         raise ValueError(f"split must be train or test, not {split!r}")
     if spec in SETS:
-        drawn = synthetic(spec, 1000 if scenes is None else scenes, 1 if views is None else views,
-                          resolution, -1 - seed if split == "test" else seed, device)
-        return replace(drawn, held_out=split == "test")
+        return synthetic(spec, 1000 if scenes is None else scenes, 1 if views is None else views,
+                         resolution, seed, device, held_out=split == "test")
     subsets = Path(__file__).resolve().parent / "subsets"
     names = [file.parent.name for file in subsets.glob("*/train.npz")]
     path = subsets / spec if spec in names else Path(spec)
@@ -923,14 +914,13 @@ def build_cars(s, ground):
     h, nose = (roof - belt) / 2, draw(0.02, 0.10)
     cabin, skirt = s.either(0.25, other, paint), s.either(0.5, s.row([BLACK]), paint)
 
-    chords = 2 * L, 2 * L - nose
-    s.wing((0, 0, low), (-nose / 2, 0, belt), chords, (0, W, 0), paint, True, 0.3)
+    s.wing((0, 0, low), (-nose / 2, 0, belt), (2 * L, 2 * L - nose), (0, W, 0), paint, True, 0.3)
     add(BOX, (0, 0, low + 0.03), (L + 0.02, W + 0.01, 0.03), skirt)
     chords = foot1 - foot0, top1 - top0
     s.wing((foot, 0, belt), (top, 0, roof), chords, (0, 0.88 * W, 0), cabin, True, 0.3)
     chords = foot1 - foot0 - 0.16, top1 - top0 - 0.06                           # the side windows
     s.wing((foot, 0, belt + 0.2 * h), (top, 0, roof - 0.36 * h), chords, (0, 0.9 * W, 0), GLASS,
-               True, 0.3)
+           True, 0.3)
     add(BOX, (top, 0, middle), (0.02, 0.905 * W, h), cabin)                     # between the doors
     for x, slant in ((foot0 + top0 - 0.02, top0 - foot0), (foot1 + top1 + 0.02, top1 - foot1)):
         add(BOX, (x / 2, 0, middle), (0.02, 0.76 * W, 0.8 * h), GLASS, True, 0.3,
@@ -1080,18 +1070,19 @@ def random_scenes(name, scenes, seed=0, start=0, device="cpu"):
 
 
 def synthetic(name, scenes, views=1, resolution=64, seed=0, device="cpu", start=0, samples=2,
-              depth=True, make=random_scenes):
+              depth=True, held_out=False, make=random_scenes):
     """`Views` of scenes start..start+scenes-1 of a built-in set, from random cameras.
 
     Scene i and its view v are the same whatever else is asked for. samples: anti-aliasing by
     samples x samples rays a pixel. Without `depth`, which takes time, `Views.depth` is None.
-    make: gives other `Scenes` than the set's, by the arguments of `random_scenes`.
+    held_out: others than any seed has. make: gives the `Scenes`, if not `random_scenes`.
     """
     if min(scenes, views, resolution, samples) < 1:
         raise ValueError("scenes, views, resolution and samples have to be at least 1")
     about, where = SETS[name], "cpu" if torch.device(device).type == "mps" else device
+    seed = -1 - seed if held_out else seed
     poses = random_poses(name, scenes, views, seed, start, where)
-    made = make(name, scenes, seed, start, where)
-    images, depths = trace(made, poses, about.focal, resolution, samples, depth)
+    images, depths = trace(make(name, scenes, seed, start, where), poses, about.focal, resolution,
+                           samples, depth)
     background = torch.tensor(about.background) * 2 - 1
-    return Views(images, poses, about.focal, background, name, depth=depths).to(device)
+    return Views(images, poses, about.focal, background, name, 1.0, depths, held_out).to(device)

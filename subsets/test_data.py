@@ -726,8 +726,8 @@ BAD = [
 ] + [
     (srn("intrinsics.txt", None), "intrinsics.txt"),
     (srn("pose/000001.txt", None), "000001.png .*No such file.*000001.txt"),
-    (srn("intrinsics.txt", "131 64 64 0\n0 0 0\n"), "intrinsics.txt is not as expected: .*10"),
-    (srn("pose/000001.txt", "a pose"), "000001.txt is not as expected: .*float"),
+    (srn("intrinsics.txt", "131 64 64 0\n0 0 0\n"), "rgb is not as expected: .*expected 10"),
+    (srn("pose/000001.txt", "a pose"), "000001.png is not as expected: .*float"),
     (srn("rgb/000001.png", b"\x89PNG\r\n"), "cannot identify .*000001.png"),
     (srn("*/*", None), "no pictures in"),
     *((arrays(**{key: None}), f"a.npz is not as expected: KeyError, '{key}")
