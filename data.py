@@ -383,8 +383,8 @@ def find(path, loader, split):
             parts[(names or ["train"])[0]].append(file)
     if len(parts) < 2:
         return sum(parts.values(), []), None if split_of(path.name) else split
-    order = ("test", "val") if split == "test" else ("train", "val")
-    return next(parts[name] for name in order if name in parts), split == "test" and "named"
+    first, told = ("test", "named") if split == "test" else ("train", None)
+    return parts.get(first) or parts["val"], told
 
 
 def hold_back(path, items, split, what="scenes"):
@@ -441,8 +441,12 @@ def cube_scale(shots):
                                for shot in shots] or 0)) or 1.0
 
 
-def read_pose(shot, scale):
-    """A shot's pose (4, 4) in cube units; ValueError where a model can't be trained with it."""
+def read_shot(shot, half, scale, resolution, background):
+    """A shot as models take it: its pose (4, 4) in cube units, and the square of its picture around
+    the principal point, uint8 (3, S, S), whose half side at depth 1 is `half`.
+
+    Pixels that are not square become so. ValueError where a model can't be trained with it.
+    """
     pose = shot.pose.read_text().split() if isinstance(shot.pose, Path) else shot.pose
     pose = np.array(pose, float).ravel()[:12].reshape(3, 4)
     R, center = pose[:, :3], pose[:, 3] / scale
@@ -452,15 +456,11 @@ def read_pose(shot, scale):
     if not 1e-3 <= distance <= 1e3:
         raise ValueError(f"the camera is {distance:.4g} cube units from the origin, and not 0.001 "
                          "to 1000: other units?")
-    return np.vstack([np.c_[R, center], [0, 0, 0, 1]])
-
-
-def read_square(shot, half, resolution, background):
-    """The square of a shot's picture around its principal point, uint8 (3, S, S); at depth 1 its
-    half side is `half`. Pixels that are not square become so."""
     fx, fy, cx, cy, w, h = shot.lens
-    image = open_picture(shot.picture, turn=False) if shot.image is None else Image.fromarray(
-        shot.image).convert("RGBA")
+    if shot.image is None:
+        image, method = open_picture(shot.picture, turn=False), Image.Resampling.LANCZOS
+    else:
+        image, method = Image.fromarray(shot.image).convert("RGBA"), Image.Resampling.BOX
     if abs(image.width * h / (image.height * w) - 1) > 0.02:
         raise ValueError(f"{image.width} x {image.height} pixels do not fit its camera's "
                          f"{w:g} x {h:g}")
@@ -468,9 +468,8 @@ def read_square(shot, half, resolution, background):
         image.putalpha(open_picture(shot.mask, turn=False).convert("L"))
     x, y, half_w, half_h = cx / w, cy / h, half * fx / w, half * fy / h
     box = np.clip([x - half_w, y - half_h, x + half_w, y + half_h], 0, 1) * (image.size * 2)
-    method = Image.Resampling.LANCZOS if shot.image is None else Image.Resampling.BOX
     image = flatten(image, background).resize((resolution, resolution), method, tuple(box))
-    return np.moveaxis(np.array(image), 2, 0)
+    return np.vstack([np.c_[R, center], [0, 0, 0, 1]]), np.moveaxis(np.array(image), 2, 0)
 
 
 def read_views(path, found, split, shots_of, scale, background=(1.0, 1.0, 1.0), scenes=None,
@@ -496,9 +495,8 @@ def read_views(path, found, split, shots_of, scale, background=(1.0, 1.0, 1.0), 
     shots = [some[(start[i] + k * counts[i] // V) % counts[i]]
              for i, some in enumerate(shots) for k in range(V)]
     half = min(map(half_view, shots))
-    poses, images = zip(*parallel(lambda shot: (
-        read_pose(shot, scale), read_square(shot, half, resolution, background)),
-        shots, "pictures"))
+    poses, images = zip(*parallel(lambda shot: read_shot(
+        shot, half, scale, resolution, background), shots, "pictures"))
     images = torch.from_numpy(np.stack(images)).float().div_(127.5).sub_(1)     # in place: many
     poses = torch.from_numpy(np.stack(poses)).float()
     x, y, z = (-poses[:, :3, 3:] * poses[:, :3, :3]).sum(1).T       # the origin, from the cameras
@@ -620,9 +618,8 @@ def load_folder(path, split=None, scale=None, **how):
                      locate(file, frame["mask_path"]) if "mask_path" in frame else None)
                 for frame, picture in zip(frames, pictures) if picture.is_file()]
     if scale is None:
-        (first, *_), _ = find(path, load_folder, None)
-        with named(first):
-            scale = cube_scale(shots_of(first))
+        first = parallel(shots_of, find(path, load_folder, None)[0][:1], "scenes")
+        scale = cube_scale(sum(first, []))
     return read_views(path, *find(path, load_folder, split), shots_of, scale, **how)
 
 
@@ -634,19 +631,20 @@ def load_npz(path, split=None, resolution=64, **how):
     images (V, H, W, 3) from 0 to 1, poses in OpenGL's axes, focal in pixels; the cube is as wide as
     its pictures. Pictures are made smaller by area; ValueError for a larger resolution.
     """
-    (file, *others), split = find(path, load_npz, split)
-    if others:
-        raise ValueError(f"{path} has {file} and {others[0]}: name one of them")
+    files, split = find(path, load_npz, split)
+    if len(files) != 1:
+        raise ValueError(f"{path} has {len(files)} .npz files, and not one: name it")
+    file, = files
     with named(file), np.load(file, allow_pickle=False) as arrays:
         images, poses, focal = arrays["images"], arrays["poses"], float(arrays["focal"])
-        if tiny := images.ndim == 4:
-            if not (images.dtype.kind == "f" and images.min() >= 0 and images.max() <= 1):
-                raise ValueError("images of a single scene have to be floats from 0 to 1")
-            images, poses = np.uint8(np.rint(images * 255))[None], poses[None] * FLIP
+        tiny = images.ndim == 4
         color = np.zeros(3, np.uint8) if tiny else arrays["background"]
-        N, V, H, W, _ = images.shape
+        if tiny and images.dtype.kind == "f" and images.min() >= 0 and images.max() <= 1:
+            images, poses = np.uint8(np.rint(images * 255))[None], poses[None] * FLIP
         if not images.dtype == color.dtype == np.uint8:
-            raise ValueError("images and background have to be of uint8")
+            raise ValueError("images have to be of uint8, or of one scene, from 0 to 1; and the "
+                             "background uint8")
+        N, V, H, W, _ = images.shape
         if resolution > min(H, W):
             raise ValueError(f"its pictures are smaller than {resolution} x {resolution}")
         fx = focal if tiny else focal * W
@@ -695,8 +693,8 @@ def load_clevr(path, split=None, scenes=None, views=None, resolution=64, seed=0,
     def layouts_of(name, scenes, seed, start, device):
         columns = (pad_sequence(column, True, EMPTY).to(device) for column in zip(*rows))
         return Scenes(*columns, 0.0, SETS[name].background)
-    drawn = synthetic("clevr", len(rows), views or 1, resolution, seed, device, 0, 2, True,
-                      held_out, layouts_of)
+    drawn = synthetic("clevr", len(rows), views or 1, resolution, seed, device,
+                      held_out=held_out, make=layouts_of)
     return replace(drawn, name=files[0].stem, scale=CLEVR_SCALE)
 
 
@@ -730,17 +728,15 @@ def load(spec, scenes=None, views=None, resolution=64, split=None, seed=0, devic
     subsets = Path(__file__).resolve().parent / "subsets"
     names = [file.parent.name for file in subsets.glob("*/train.npz")]
     path = subsets / spec if spec in names else Path(spec)
-    if not path.exists():
-        raise ValueError(f"{spec!r} is neither a built-in set ({', '.join(SETS)}) nor one in "
-                         f"subsets/ ({', '.join(names)}) nor a path")
     for depth in range(4):                                  # what is quick to find comes first
         for loader, (name, *marks) in FORMATS.items():
             if visible(path, *("*/" * depth + mark for mark in marks)):
                 print(f"{path}: taken for {name}", file=sys.stderr)
                 return loader(path, split, scenes=scenes, views=views, resolution=resolution,
                               seed=seed, device=device)
-    raise ValueError(f"{path} has no known format; looked for " + ", ".join(
-        f"{mark} ({name})" for name, mark, *_ in FORMATS.values()))
+    known = ", ".join(f"{mark} ({name})" for name, mark, *_ in FORMATS.values())
+    raise ValueError(f"{spec} is neither a built-in set ({', '.join(SETS)}) nor one in subsets/ "
+                     f"({', '.join(names)}) nor a path of a known format: {known}")
 
 
 def test_views(config, scenes, views, device):
@@ -793,7 +789,7 @@ def training_pictures(config, device, rank=0, world=1):
                       radius=radius.mean().item(), elevation=elevation)
 
 
-# ---- The built-in sets: what is in a scene -----------------------------------------------------
+# ---- The built-in sets -------------------------------------------------------------------------
 
 def mix(x):
     """A 32-bit integer hash of a number or an int64 tensor; its products stay below 2^63."""
@@ -1031,8 +1027,6 @@ def build_planes(s, ground):
         add(BOX, (L, 0, z), half, BLACK, propeller)
 
 
-# ---- The built-in sets: how they are seen ------------------------------------------------------
-
 @dataclass
 class BuiltIn:
     """A built-in set; its cameras look at the origin from all azimuths."""
@@ -1075,7 +1069,7 @@ def synthetic(name, scenes, views=1, resolution=64, seed=0, device="cpu", start=
 
     Scene i and its view v are the same whatever else is asked for. samples: anti-aliasing by
     samples x samples rays a pixel. Without `depth`, which takes time, `Views.depth` is None.
-    held_out: others than any seed has. make: gives the `Scenes`, if not `random_scenes`.
+    held_out: scenes that no training sees. make: gives the `Scenes`, as `random_scenes` does.
     """
     if min(scenes, views, resolution, samples) < 1:
         raise ValueError("scenes, views, resolution and samples have to be at least 1")
