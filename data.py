@@ -66,10 +66,8 @@ def camera_rays(poses, focal, resolution):
 
 
 def turn_poses(model, azimuth, count):
-    """`count` poses (count, 4, 4) round the scene from `azimuth` on, at the middle elevation.
-
-    model: has `.config.elevation` (low, high), `.config.radius` and, for the device, `.background`.
-    """
+    """`count` poses (count, 4, 4) round a model's scene from `azimuth` on, at the middle of its
+    config's elevations."""
     azimuths = azimuth + torch.arange(count, device=model.background.device) * 360 / count
     return orbit(azimuths, sum(model.config.elevation) / 2, model.config.radius)
 
@@ -311,9 +309,8 @@ def flatten(image, background):
     return Image.alpha_composite(Image.new("RGBA", image.size, color), image).convert("RGB")
 
 
-def square(image, side, method, fit, background):
-    """A PIL image as a uint8 tensor (3, side, side): fit "crop" takes its middle, "pad" lays it on
-    the background."""
+def square(image, side, method, fit, background=(1.0, 1.0, 1.0)):
+    """A PIL image as uint8 (3, side, side): its middle ("crop"), or all on a background ("pad")."""
     fits = {"crop": ImageOps.fit, "pad": partial(ImageOps.pad, color=0)}            # 0: transparent
     image = flatten(fits[fit](image.convert("RGBA"), (side, side), method), background)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -344,8 +341,7 @@ def read_mask(path, resolution, size=None, fit="crop"):
     known, alpha = np.moveaxis(np.array(image.convert("LA")), 2, 0)
     if alpha.min() < 255:
         known = alpha * known[alpha > 127].any()
-    image, white = Image.fromarray(known), (1.0, 1.0, 1.0)
-    fitted = square(image, resolution, Image.Resampling.BOX, fit, white)[:1] > 127
+    fitted = square(Image.fromarray(known), resolution, Image.Resampling.BOX, fit)[:1] > 127
     if fitted.all() or known.max() < 128 or not fitted.any():
         raise ValueError(f"the mask {path} hides {'nothing' if fitted.all() else 'all'}: white is "
                          "what is known, black or transparent what is to be filled")
@@ -370,21 +366,21 @@ def find(path, loader, split):
     path: such a file, or a folder with such files or folders up to three folders down; what is a
     split itself by its name is whole. Names tell if some are test or val, and others are not.
     """
-    path, marks, parts = Path(path), FORMATS[loader][1:], defaultdict(list)
+    path, marks, parts = Path(path), FORMATS[loader][1:], defaultdict(dict)
     split_of = re.compile(r"(?:.*_)?(train|val|test)(?:(?:_scenes)?\.json|\.lst|\.npz)?").fullmatch
     found = visible(path, *marks) or visible(
         path, *("*/" * down + mark for down in (1, 2, 3) for mark in marks))
-    known = set(found)
     for file in found:
         # a scene's own folder may have any name; of CLEVR-567 a folder has many scenes
         folders = file.relative_to(path).parts[:-1 if loader == load_clevr567 else -2]
         names = [name[1] for name in map(split_of, (file.name, *folders)) if name]
-        if file.with_stem(f"{file.stem}_train") not in known:       # NeRF's transforms.json of all
-            parts[(names or ["train"])[0]].append(file)
+        scene = file.with_stem(file.stem.removesuffix("_train"))    # a transforms_train.json takes
+        parts[(names or ["train"])[0]][scene] = file                # the place of NeRF's of all
     if len(parts) < 2:
-        return sum(parts.values(), []), None if split_of(path.name) else split
+        whole = [file for part in parts.values() for file in part.values()]
+        return whole, None if split_of(path.name) else split
     first, told = ("test", "named") if split == "test" else ("train", None)
-    return parts.get(first) or parts["val"], told
+    return list((parts.get(first) or parts["val"]).values()), told
 
 
 def hold_back(path, items, split, what="scenes"):
@@ -404,7 +400,7 @@ def hold_back(path, items, split, what="scenes"):
 def parallel(job, items, what):
     """[job(item) for item in items], by threads."""
     def one(item):
-        with named(item):
+        with named(getattr(item, "picture", item)):
             return job(item)
     with ThreadPoolExecutor() as pool:
         return list(progress(pool.map(one, items), len(items), what))
@@ -420,13 +416,10 @@ class Shot(NamedTuple):
     mask: Path | None = None                # a file that takes the place of the picture's alpha
     image: np.ndarray | None = None         # the picture itself, where it has no file
 
-    def __str__(self):
-        return str(self.picture)
-
 
 def half_view(shot):
     """Half the side of a shot's largest square around the principal point, at depth 1."""
-    with named(shot):
+    with named(shot.picture):
         fx, fy, cx, cy, w, h = shot.lens
         half = np.divide([cx, w - cx, cy, h - cy], [fx, fx, fy, fy]).min()
         if not 5e-4 <= half <= 5e2:
@@ -484,7 +477,7 @@ def read_views(path, found, split, shots_of, scale, background=(1.0, 1.0, 1.0), 
     chosen, held_out = hold_back(path, found, split)
     shots = parallel(shots_of, chosen[:scenes], "scenes")
     if len(found) == 1:
-        shots[0], held_out = hold_back(found[0], shots[0], split, "pictures")
+        shots[0], held_out = hold_back(path, shots[0], split, "pictures")
     counts = [len(some) for some in shots]
     if not min(counts):
         raise FileNotFoundError(f"there are no pictures in {chosen[counts.index(0)]}")
@@ -500,9 +493,9 @@ def read_views(path, found, split, shots_of, scale, background=(1.0, 1.0, 1.0), 
     images = torch.from_numpy(np.stack(images)).float().div_(127.5).sub_(1)     # in place: many
     poses = torch.from_numpy(np.stack(poses)).float()
     x, y, z = (-poses[:, :3, 3:] * poses[:, :3, :3]).sum(1).T       # the origin, from the cameras
-    upright = (poses[:, 2, 0].abs() < 0.35) & (poses[:, 2, 1] < 0.35)   # right level, down not up
-    for right, what in ((torch.maximum(x.abs(), y.abs()) < half * z, "the origin is in view"),
-                        (upright, "z is up")):
+    for right, what in (
+            (torch.maximum(x.abs(), y.abs()) < half * z, "the origin is in view"),
+            ((poses[:, 2, 0].abs() < 0.35) & (poses[:, 2, 1] < 0.35), "z is up")):
         if right.sum() < len(right) / 2:
             print(f"{path}: in {right.sum()} of {len(right)} pictures {what}: other axes?",
                   file=sys.stderr)
@@ -569,7 +562,7 @@ def load_clevr567(path, split=None, **how):
         picture = pose.with_name(pose.name.replace("_RT.txt", ".png"))
         scene = pose.parent / re.sub(r".*(sc\d+).*", r"\1", pose.name)
         found[scene].append(Shot(picture, pose, lens))
-    return read_views(path, list(found), split, found.get, CLEVR_SCALE, **how)
+    return read_views(path, list(found.values()), split, list, CLEVR_SCALE, **how)
 
 
 def load_folder(path, split=None, scale=None, **how):
@@ -642,18 +635,16 @@ def load_npz(path, split=None, resolution=64, **how):
         if tiny and images.dtype.kind == "f" and images.min() >= 0 and images.max() <= 1:
             images, poses = np.uint8(np.rint(images * 255))[None], poses[None] * FLIP
         if not images.dtype == color.dtype == np.uint8:
-            raise ValueError("images have to be of uint8, or of one scene, from 0 to 1; and the "
-                             "background uint8")
+            raise ValueError("images have to be uint8, or one scene's from 0 to 1; background uint8")
         N, V, H, W, _ = images.shape
         if resolution > min(H, W):
             raise ValueError(f"its pictures are smaller than {resolution} x {resolution}")
         fx = focal if tiny else focal * W
-        found = {f"{file}: images[{i}]": [
-            Shot(f"{file}: images[{i}, {v}]", poses[i, v], (fx, fx, W / 2, H / 2, W, H),
-                 image=images[i, v]) for v in range(V)] for i in range(N)}
-        scale = cube_scale(found[f"{file}: images[0]"]) if tiny else 1.0
-    return read_views(path, list(found), split, found.get, scale,
-                      tuple((color / 127.5 - 1).tolist()), resolution=resolution, **how)
+        found = [[Shot(f"{file}: images[{i}, {v}]", poses[i, v], (fx, fx, W / 2, H / 2, W, H),
+                       image=images[i, v]) for v in range(V)] for i in range(N)]
+        scale = cube_scale(found[0]) if tiny else 1.0
+    return read_views(path, found, split, list, scale, tuple((color / 127.5 - 1).tolist()),
+                      resolution=resolution, **how)
 
 
 def clevr_primitives(objects):
@@ -667,8 +658,6 @@ def clevr_primitives(objects):
         rows.append((CLEVR_SHAPES[o["shape"]], [[c, -s, 0, x], [s, c, 0, y], [0, 0, z, z]],
                      CLEVR_COLORS[CLEVR_NAMES.index(o["color"])],
                      0.35 * (o["material"] == "metal")))
-    if not rows:
-        raise ValueError("a scene has no objects")
     return [torch.tensor(column) for column in zip(*rows)]
 
 
@@ -684,11 +673,10 @@ def load_clevr(path, split=None, scenes=None, views=None, resolution=64, seed=0,
     layouts = {}
     for file in files:
         with named(file):
-            layouts |= {f"{file}: scene {i}": scene for i, scene in enumerate(
-                json.loads(file.read_text("utf-8-sig"))["scenes"])}
+            layouts |= {f"{file}: scene {i}": scene["objects"] for i, scene in enumerate(
+                json.loads(file.read_text("utf-8-sig"))["scenes"]) if scene["objects"]}
     chosen, held_out = hold_back(path, list(layouts), split)
-    rows = parallel(lambda scene: clevr_primitives(layouts[scene]["objects"]), chosen[:scenes],
-                    "scenes")
+    rows = parallel(lambda scene: clevr_primitives(layouts[scene]), chosen[:scenes], "scenes")
 
     def layouts_of(name, scenes, seed, start, device):
         columns = (pad_sequence(column, True, EMPTY).to(device) for column in zip(*rows))
@@ -768,16 +756,14 @@ def training_pictures(config, device, rank=0, world=1):
     images = images.to(device)
 
     @lru_cache(maxsize=1)
-    def trace_ahead(i):
-        """The scenes of `ahead` steps, from step i * ahead on."""
+    def trace_ahead(i):             # the scenes of `ahead` steps, from step i * ahead on
         return synthetic(config.data, ahead * B, 1, S, config.seed, device,
                          start=(i * world + rank) * ahead * B, depth=False)
 
     def draw(step):
         if fresh:
-            i = step % ahead * B
-            new = trace_ahead(step // ahead)[i:i + B]
-            return new.images[:, 0], new.poses[:, 0]
+            new, i = trace_ahead(step // ahead), step % ahead * B
+            return new.images[i:i + B, 0], new.poses[i:i + B, 0]
         chosen = torch.randint(len(images), (B,)).to(device)
         some = images[chosen]
         return some.float() / 127.5 - 1 if views.depth is None else some, poses[chosen]
