@@ -309,7 +309,7 @@ def flatten(image, background):
     return Image.alpha_composite(Image.new("RGBA", image.size, color), image).convert("RGB")
 
 
-def square(image, side, method, fit, background=(1.0, 1.0, 1.0)):
+def square(image, side, fit, background=(1.0, 1.0, 1.0), method=Image.Resampling.LANCZOS):
     """A PIL image as uint8 (3, side, side): its middle ("crop"), or all on a background ("pad")."""
     fits = {"crop": ImageOps.fit, "pad": partial(ImageOps.pad, color=0)}            # 0: transparent
     image = flatten(fits[fit](image.convert("RGBA"), (side, side), method), background)
@@ -322,17 +322,15 @@ def read_image(path, resolution, background=(1.0, 1.0, 1.0), fit="crop"):
     Alpha is composited on `background` (RGB in [-1, 1]); the picture is cropped to its middle
     square, or padded to a square with fit="pad", and resized with anti-aliasing.
     """
-    image = square(open_picture(path), resolution, Image.Resampling.LANCZOS, fit, background)
-    return image.float() / 127.5 - 1
+    return square(open_picture(path), resolution, fit, background).float() / 127.5 - 1
 
 
 def read_mask(path, resolution, size=None, fit="crop"):
-    """A mask file -> (1, S, S) of 1 (known) and 0, fitted as `read_image` fits its picture; what is
-    padded is known.
+    """A mask file -> (1, S, S) of 1 (known) and 0, fitted as `read_image` fits its picture.
 
-    White is known; of a mask with transparency what is opaque, unless that is all black. size: the
-    picture's (width, height), S x S if None. ValueError where the mask has another size, or hides
-    nothing, or all.
+    White and what is padded is known; of a mask with transparency what is opaque, unless that is
+    all black. size: the picture's (width, height), S x S if None. ValueError where the mask has
+    another size, or hides nothing, or all.
     """
     image, size = open_picture(path), size or (resolution, resolution)
     if image.size != size:
@@ -341,7 +339,7 @@ def read_mask(path, resolution, size=None, fit="crop"):
     known, alpha = np.moveaxis(np.array(image.convert("LA")), 2, 0)
     if alpha.min() < 255:
         known = alpha * known[alpha > 127].any()
-    fitted = square(Image.fromarray(known), resolution, Image.Resampling.BOX, fit)[:1] > 127
+    fitted = square(Image.fromarray(known), resolution, fit, method=Image.Resampling.BOX)[:1] > 127
     if fitted.all() or known.max() < 128 or not fitted.any():
         raise ValueError(f"the mask {path} hides {'nothing' if fitted.all() else 'all'}: white is "
                          "what is known, black or transparent what is to be filled")
@@ -444,11 +442,9 @@ def read_shot(shot, half, scale, resolution, background):
     pose = np.array(pose, float).ravel()[:12].reshape(3, 4)
     R, center = pose[:, :3], pose[:, 3] / scale
     error, distance = abs(R.T @ R - np.eye(3)).max(), np.linalg.norm(center)
-    if not (error < 1e-3 and np.linalg.det(R) > 0 and np.isfinite(pose).all()):
-        raise ValueError(f"the pose is not a rotation and a position (by {error:.2g})")
-    if not 1e-3 <= distance <= 1e3:
-        raise ValueError(f"the camera is {distance:.4g} cube units from the origin, and not 0.001 "
-                         "to 1000: other units?")
+    if not (error < 1e-3 and np.linalg.det(R) > 0 and 1e-3 <= distance <= 1e3):
+        raise ValueError(f"its axes are no rotation (by {error:.2g}), or it is {distance:.4g} cube "
+                         "units from the origin, and not 0.001 to 1000: other units?")
     fx, fy, cx, cy, w, h = shot.lens
     if shot.image is None:
         image, method = open_picture(shot.picture, turn=False), Image.Resampling.LANCZOS
@@ -635,7 +631,7 @@ def load_npz(path, split=None, resolution=64, **how):
         if tiny and images.dtype.kind == "f" and images.min() >= 0 and images.max() <= 1:
             images, poses = np.uint8(np.rint(images * 255))[None], poses[None] * FLIP
         if not images.dtype == color.dtype == np.uint8:
-            raise ValueError("images have to be uint8, or one scene's from 0 to 1; background uint8")
+            raise ValueError("images have to be uint8, or one scene's in [0, 1]; background uint8")
         N, V, H, W, _ = images.shape
         if resolution > min(H, W):
             raise ValueError(f"its pictures are smaller than {resolution} x {resolution}")
