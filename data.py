@@ -442,9 +442,11 @@ def read_shot(shot, half, scale, resolution, background):
     pose = np.array(pose, float).ravel()[:12].reshape(3, 4)
     R, center = pose[:, :3], pose[:, 3] / scale
     error, distance = abs(R.T @ R - np.eye(3)).max(), np.linalg.norm(center)
-    if not (error < 1e-3 and np.linalg.det(R) > 0 and 1e-3 <= distance <= 1e3):
-        raise ValueError(f"its axes are no rotation (by {error:.2g}), or it is {distance:.4g} cube "
-                         "units from the origin, and not 0.001 to 1000: other units?")
+    if not (error < 1e-3 and np.linalg.det(R) > 0):
+        raise ValueError(f"the pose is not a rotation and a position (by {error:.2g})")
+    if not 1e-3 <= distance <= 1e3:
+        raise ValueError(f"the camera is {distance:.4g} cube units from the origin, and not 0.001 "
+                         "to 1000: other units?")
     fx, fy, cx, cy, w, h = shot.lens
     if shot.image is None:
         image, method = open_picture(shot.picture, turn=False), Image.Resampling.LANCZOS

@@ -697,14 +697,14 @@ def nmr_without_a_camera(folder):
 
 BAD = [
     (transforms(frame(transform_matrix=matrix)), words) for matrix, words in (
-        (np.eye(4).tolist(), "1.png .*by 0.* is 0 cube units"),
-        ((2 * np.eye(4)).tolist(), "1.png .* no rotation .by 3"),
-        (np.diag([1, 1, -1, 1.0]).tolist(), "no rotation"),
+        (np.eye(4).tolist(), "1.png .*: the camera is 0 cube units"),
+        ((2 * np.eye(4)).tolist(), "1.png .*: the pose is not a rotation"),
+        (np.diag([1, 1, -1, 1.0]).tolist(), "the pose is not a rotation"),
         ([[1.0, 2]], "transforms.json is not as expected"),
         (np.eye(4)[:2].tolist(), "images.1.png is not as expected"),
-        ([[1, 0, 0, math.nan], *np.eye(4)[1:].tolist()], "1.png .*is nan cube"),
+        ([[1, 0, 0, math.nan], *np.eye(4)[1:].tolist()], "1.png .*: the camera is nan"),
         ([[1, 0, 0, 1e300], *np.eye(4)[1:].tolist()], "cube units from"),
-        ([[1, 0, 0, 1000.0], *np.eye(4)[1:].tolist()], "1.png .*by 0.* is 1.* cube units"),
+        ([[1, 0, 0, 1000.0], *np.eye(4)[1:].tolist()], "1.png .*: the camera is 1.* cube units"),
         ([[1, 0, 0, 10 ** 400], *np.eye(4)[1:].tolist()], "OverflowError"))
 ] + [(transforms(change), words) for change, words in (
     (frame(cx=-3), "1.png .*the principal point in the middle has a focal length of -"),
@@ -736,7 +736,7 @@ BAD = [
     (arrays(images=np.full((3, 9, 9, 3), 2.0)), "one scene's in .0, 1"),
     (arrays(poses=np.zeros((2, 2, 4, 4))), "a.npz is not as expected: IndexError"),
     (arrays(focal=np.ones(2)), "a.npz is not as expected: TypeError"),
-    (arrays(poses=np.zeros((2, 3, 4, 4))), "images.0, 0. .* no rotation"),
+    (arrays(poses=np.zeros((2, 3, 4, 4))), "images.0, 0. .*: the pose is not a rotation"),
     (nmr_without_a_camera, "train9 is not as expected: .*camera_mat_1"),
     (lambda folder: save(folder / "softras_val.lst", "not_downloaded\n"), "no scenes in"),
     (arrays(focal=np.nan), "images.0, 0.* of nan widths"), (arrays(focal=1e9), "focal length"),
