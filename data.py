@@ -19,6 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -65,10 +66,8 @@ def camera_rays(poses, focal, resolution):
 
 
 def turn_poses(model, azimuth, count):
-    """`count` poses (count, 4, 4) round the scene from `azimuth` on, at the middle elevation.
-
-    model: has `.config.elevation` (low, high), `.config.radius` and, for the device, `.background`.
-    """
+    """`count` poses (count, 4, 4) round a model's scene from `azimuth` on, at the middle of its
+    config's elevations."""
     azimuths = azimuth + torch.arange(count, device=model.background.device) * 360 / count
     return orbit(azimuths, sum(model.config.elevation) / 2, model.config.radius)
 
@@ -177,9 +176,10 @@ def trace_chunk(scenes, scene, poses, focal, side, shaded):
     signs = torch.cartesian_prod(*[poses.new_tensor([-1, 1])] * 3).T              # (3, 8)
     corners = linear(to_world[..., None, :], signs[..., None]) + to_world[:, 3:]  # (3, 8, M)
 
-    def candidates(corners):
-        """Kind by kind, pairs of a primitive and a ray (in 0..B*R-1) inside the box around the
-        image of its `corners` (3, 8 or 16, M); rays that pass well beside it are never tested."""
+    def crossings(corners, start, direction, owner):
+        """Kind by kind, primitives and the world rays (in 0..B*R-1) that cross them, and where; no
+        ray starts on its owner. Rays that pass well beside the image of a primitive's `corners`
+        (3, 8 or 16, M) are never tested."""
         relative = corners - poses[image, :3, 3].T[:, None]
         x, y, z = ((poses[image, :3, i].T[:, None] * relative).sum(0) for i in range(3))  # (8, M)
         pixels = ((torch.stack([x, y]) / z * focal + 0.5) * side).clamp(-1, side + 1)
@@ -192,12 +192,13 @@ def trace_chunk(scenes, scene, poses, focal, side, shaded):
             some, pixel = (row[chosen, :, None] & column[chosen, None]).flatten(1).nonzero(
                 as_tuple=True)
             one = take(chosen, some)
-            yield k, one, take(image, one) * side ** 2 + pixel
-
-    def crossing(k, one, start, direction):
-        """Where world rays (3, K) enter and leave primitives (K,), all of one kind."""
-        matrix = take(to_object, one)
-        return intersect(k, linear(matrix, start) + matrix[:, 3], linear(matrix, direction))
+            ray = take(image, one) * side ** 2 + pixel
+            other = (take(owner, ray) != one).nonzero()[:, 0]   # convex: no shadow on itself
+            one, ray = take(one, other), take(ray, other)
+            matrix = take(to_object, one)
+            near, far = intersect(k, linear(matrix, take(start, ray)) + matrix[:, 3],
+                                  linear(matrix, take(direction, ray)))
+            yield one, ray, near, far
 
     # The first hit: the ground, or a primitive that is nearer
     center, direction = (x.permute(2, 0, 1).flatten(1) for x in camera_rays(poses, focal, side))
@@ -205,8 +206,7 @@ def trace_chunk(scenes, scene, poses, focal, side, shaded):
     depth = torch.where(depth > 0, depth, math.inf)
     owner = torch.full_like(depth, -1, dtype=torch.long)            # which primitive a ray hits
     found = []
-    for k, one, ray in candidates(corners):
-        near, far = crossing(k, one, take(center, ray), take(direction, ray))
+    for one, ray, near, far in crossings(corners, center, direction, owner):
         hit = ((near < far) & (near > 0) & (near < take(depth, ray))).nonzero()[:, 0]
         found.append((near[hit], one[hit], ray[hit]))
     near, one, ray = (torch.cat(column) for column in zip(*found))
@@ -221,10 +221,7 @@ def trace_chunk(scenes, scene, poses, focal, side, shaded):
     drop = (corners[2] - scenes.ground) / light[2]                                # (8, M)
     swept = torch.cat([corners, corners - drop * light[..., None]], 1)            # (3, 16, M)
     point, lit = center + direction * depth, torch.ones_like(depth)               # (3, B*R)
-    for k, one, ray in candidates(swept):
-        other = (take(owner, ray) != one).nonzero()[:, 0]       # convex: no shadow on itself
-        one, ray = take(one, other), take(ray, other)
-        near, far = crossing(k, one, take(point, ray), light)
+    for one, ray, near, far in crossings(swept, point, light.expand_as(point), owner):
         lit[ray[(near < far) & (far > 1e-3)]] = 0.0
     bright = torch.where((lit > 0) | depth.isinf(), 1.0, SHADOW)                  # so is the sky
     color = poses.new_tensor(scenes.background)[:, None] * bright
@@ -274,47 +271,49 @@ def trace(scenes, poses, focal, resolution, samples=2, depth=True):
 
 # ---- Pictures from files -----------------------------------------------------------------------
 
+@contextmanager
+def named(item):
+    """Errors about what is in a file, a picture or a scene get its name, in one sentence."""
+    try:
+        with np.errstate(all="ignore"):                     # what is not finite is refused in words
+            yield
+    except Exception as error:                              # PIL alone raises a dozen kinds
+        if any(text in str(error) for text in (str(item), "is not as expected")):    # has a name
+            raise
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}, "
+        raise ValueError(f"{item} is not as expected: {kind}{error}") from None
+
+
 def open_picture(path, turn=True):
-    """The picture in a file as a PIL image of 8 bits; ValueError or OSError if there is none.
+    """The picture in a file as a PIL image, RGBA; ValueError or OSError if there is none.
 
     turn: as its EXIF says; pictures with poses are read as they are stored, as COLMAP does.
     """
     if not Path(path).is_file():                    # a pipe would be waited for
         raise FileNotFoundError(f"there is no picture {path}")
-    try:
+    with named(path):
         image = Image.open(path)
-        image.load()
-        if turn:
-            image = ImageOps.exif_transpose(image)
+        image = ImageOps.exif_transpose(image) if turn else image
         if image.mode[0] in "IF":       # 16 bits, or floats from 0 to 1: PIL would cut them off
-            values, clear = np.asarray(image), image.info.get("transparency")
+            values = np.asarray(image)
             scale = 1 / 257 if image.mode[0] == "I" else 255 if values.max() <= 1 else 1
-            if not np.isfinite(values).all():
-                raise ValueError("it has values that are not finite")
-            image = Image.fromarray(np.uint8(np.rint(values * scale).clip(0, 255)))
-            if clear is not None:
-                image.putalpha(Image.fromarray(np.uint8(255 * (values != clear))))
-    except Exception as error:                      # PIL raises a dozen kinds
-        raise ValueError(f"{path} is no picture, or is damaged: {error}") from None
-    return image
+            opaque = np.where(values != image.info.get("transparency"), 255, 0)
+            grey = np.rint(values * scale).clip(0, 255)
+            image = Image.fromarray(np.uint8(np.dstack([grey, opaque])))
+        return image.convert("RGBA")
 
 
 def flatten(image, background):
-    """A PIL image in RGB, its alpha laid on `background` (in [-1, 1]), and that colour as PIL's."""
+    """An RGBA image in RGB, laid on `background` (in [-1, 1])."""
     color = tuple(round((b + 1) * 127.5) for b in background)
-    canvas = Image.new("RGBA", image.size, color)
-    canvas.alpha_composite(image.convert("RGBA"))
-    return canvas.convert("RGB"), color
+    return Image.alpha_composite(Image.new("RGBA", image.size, color), image).convert("RGB")
 
 
-def square(image, side, method, fit, color):
-    """A PIL image as a uint8 tensor (C, side, side): fit "crop" takes its middle, "pad" lays it on
-    a color."""
-    if fit not in ("crop", "pad"):
-        raise ValueError(f"fit must be crop or pad, not {fit!r}")
-    fitted = (ImageOps.fit(image, (side, side), method) if fit == "crop" else
-              ImageOps.pad(image, (side, side), method, color))
-    return torch.from_numpy(np.array(fitted)).view(side, side, -1).permute(2, 0, 1)
+def square(image, side, fit, background=(1.0, 1.0, 1.0), method=Image.Resampling.LANCZOS):
+    """A PIL image as uint8 (3, side, side): its middle ("crop"), or all on a background ("pad")."""
+    fits = {"crop": ImageOps.fit, "pad": partial(ImageOps.pad, color=0)}            # 0: transparent
+    image = flatten(fits[fit](image.convert("RGBA"), (side, side), method), background)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def read_image(path, resolution, background=(1.0, 1.0, 1.0), fit="crop"):
@@ -323,28 +322,25 @@ def read_image(path, resolution, background=(1.0, 1.0, 1.0), fit="crop"):
     Alpha is composited on `background` (RGB in [-1, 1]); the picture is cropped to its middle
     square, or padded to a square with fit="pad", and resized with anti-aliasing.
     """
-    image, color = flatten(open_picture(path), background)
-    return square(image, resolution, Image.Resampling.LANCZOS, fit, color).float() / 127.5 - 1
+    return square(open_picture(path), resolution, fit, background).float() / 127.5 - 1
 
 
 def read_mask(path, resolution, size=None, fit="crop"):
-    """A mask file -> (1, S, S) of 1 (known) and 0, fitted as `read_image` fits its picture; what is
-    padded is known.
+    """A mask file -> (1, S, S) of 1 (known) and 0, fitted as `read_image` fits its picture.
 
-    White is known; of a mask with transparency what is opaque, unless that is all black. size: the
-    picture's (width, height), S x S if None. ValueError where the mask has another size, or hides
-    nothing, or all.
+    White and what is padded is known; of a mask with transparency what is opaque, unless that is
+    all black. size: the picture's (width, height), S x S if None. ValueError where the mask has
+    another size, or hides nothing, or all.
     """
     image, size = open_picture(path), size or (resolution, resolution)
     if image.size != size:
         raise ValueError(f"the mask {path} is {image.size[0]} x {image.size[1]} pixels and its "
                          f"picture {size[0]} x {size[1]}: make them equal")
-    known, alpha = image.convert("L"), image.convert("RGBA").getchannel("A")
-    if alpha.getextrema()[0] < 255:
-        opaque = np.asarray(known)[np.asarray(alpha) > 127]
-        known = alpha if opaque.any() else alpha.point(lambda _: 0)
-    fitted = square(known, resolution, Image.Resampling.BOX, fit, 255) > 127
-    if fitted.all() or not fitted.any() or known.getextrema()[1] < 128:
+    known, alpha = np.moveaxis(np.array(image.convert("LA")), 2, 0)
+    if alpha.min() < 255:
+        known = alpha * known[alpha > 127].any()
+    fitted = square(Image.fromarray(known), resolution, fit, method=Image.Resampling.BOX)[:1] > 127
+    if fitted.all() or known.max() < 128 or not fitted.any():
         raise ValueError(f"the mask {path} hides {'nothing' if fitted.all() else 'all'}: white is "
                          "what is known, black or transparent what is to be filled")
     return fitted.float()
@@ -352,16 +348,13 @@ def read_mask(path, resolution, size=None, fit="crop"):
 
 # ---- Data from files: which of them ------------------------------------------------------------
 
-def visible(folder, *patterns):
-    """The paths like a pattern in a folder, in order; names that begin with a dot are nobody's."""
-    return sorted(path for pattern in patterns for path in folder.glob(pattern) if not any(
-        part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts))
-
-
-def split_of(name):
-    """train, val or test where a file or folder is named so, or `NAME_test`; else an empty text."""
-    named = re.fullmatch(r"(?:.*_)?(train|val|test)(?:(?:_scenes)?\.json|\.lst|\.npz)?", name)
-    return named[1] if named else ""
+def visible(path, *patterns):
+    """The paths like a pattern in a folder, in order, or a file that is like one; names that begin
+    with a dot are nobody's."""
+    if path.is_file():
+        return [path] if any(map(path.match, patterns)) else []
+    return sorted(found for pattern in patterns for found in path.glob(pattern) if not any(
+        part.startswith((".", "__MACOSX")) for part in found.relative_to(path).parts))
 
 
 def find(path, loader, split):
@@ -371,29 +364,29 @@ def find(path, loader, split):
     path: such a file, or a folder with such files or folders up to three folders down; what is a
     split itself by its name is whole. Names tell if some are test or val, and others are not.
     """
-    path, marks, parts = Path(path), FORMATS[loader][1:], defaultdict(list)
-    found = [path] if path.is_file() else visible(path, *marks) or visible(
+    path, marks, parts = Path(path), FORMATS[loader][1:], defaultdict(dict)
+    split_of = re.compile(r"(?:.*_)?(train|val|test)(?:(?:_scenes)?\.json|\.lst|\.npz)?").fullmatch
+    found = visible(path, *marks) or visible(
         path, *("*/" * down + mark for down in (1, 2, 3) for mark in marks))
-    known = set(found)
     for file in found:
-        if file.with_stem(f"{file.stem}_train") in known:           # NeRF's transforms.json of all
-            continue
         # a scene's own folder may have any name; of CLEVR-567 a folder has many scenes
         folders = file.relative_to(path).parts[:-1 if loader == load_clevr567 else -2]
-        parts[next(filter(None, map(split_of, (file.name, *folders))), "train")].append(file)
-    if not parts:
-        raise FileNotFoundError(f"there are no scenes in {path}")
-    order = ("test", "val", "train") if split == "test" else ("train", "val", "test")
-    chosen = next(parts[name] for name in order if name in parts)
-    if len(parts) > 1:
-        return chosen, "named" if split == "test" else None
-    return chosen, None if split_of(path.name) else split
+        names = [name[1] for name in map(split_of, (file.name, *folders)) if name]
+        scene = file.with_stem(file.stem.removesuffix("_train"))    # a transforms_train.json takes
+        parts[(names or ["train"])[0]][scene] = file                # the place of NeRF's of all
+    if len(parts) < 2:
+        whole = [file for part in parts.values() for file in part.values()]
+        return whole, None if split_of(path.name) else split
+    first, told = ("test", "named") if split == "test" else ("train", None)
+    return list((parts.get(first) or parts["val"]).values()), told
 
 
 def hold_back(path, items, split, what="scenes"):
     """Of a set without splits the last tenth of its scenes for "test", or every eighth of a single
     scene's pictures, if they are six or more; the others for "train". And: are these held out?"""
     n = len(items)
+    if not n:
+        raise FileNotFoundError(f"there are no {what} in {path}")
     if split not in ("train", "test") or n < (2 if what == "scenes" else 6):
         return items, split == "named"
     held = range(n - max(1, n // 10), n) if what == "scenes" else range(0, n, 8)
@@ -402,30 +395,13 @@ def hold_back(path, items, split, what="scenes"):
     return [item for i, item in enumerate(items) if (i in held) == is_test], is_test
 
 
-def named(job, item):
-    """job(item), whose errors about what is in a file, or a scene, get the item's name."""
-    try:
-        with np.errstate(all="ignore"):                     # what is not finite is refused in words
-            return job(item)
-    except Exception as error:
-        if isinstance(error, OSError) or str(item) in str(error):               # has it already
-            raise
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}, "
-        raise ValueError(f"{item} is not as expected: {kind}{error}") from None
-
-
 def parallel(job, items, what):
-    """[named(job, item) for item in items], by threads."""
+    """[job(item) for item in items], by threads."""
+    def one(item):
+        with named(getattr(item, "picture", item)):
+            return job(item)
     with ThreadPoolExecutor() as pool:
-        results = pool.map(partial(named, job), items)
-        return list(progress(results, len(items), what))
-
-
-def check_counts(**counts):
-    """ValueError where a count is not a whole number of at least 1; None stands for all."""
-    for what, value in counts.items():
-        if value is not None and not (value >= 1 and value % 1 == 0):       # NaN and inf too
-            raise ValueError(f"{what} must be a whole number, at least 1, and not {value}")
+        return list(progress(pool.map(one, items), len(items), what))
 
 
 # ---- Data from files: pictures and cameras -----------------------------------------------------
@@ -436,110 +412,91 @@ class Shot(NamedTuple):
     pose: object            # camera-to-world in OpenCV axes: an array, or the text file of one
     lens: tuple             # fx, fy, cx, cy, width, height, in pixels of any size
     mask: Path | None = None                # a file that takes the place of the picture's alpha
-    image: Image.Image | None = None        # the picture itself, where it has no file
-
-    def __str__(self):
-        return str(self.picture)
-
-
-def read_numbers(path, count):
-    """The first numbers of a text file (count,)."""
-    try:
-        return np.array(path.read_text("utf-8-sig").split()[:count], float).reshape(count)
-    except ValueError:
-        raise ValueError(f"{path} should hold {count} numbers") from None
+    image: np.ndarray | None = None         # the picture itself, where it has no file
 
 
 def half_view(shot):
     """Half the side of a shot's largest square around the principal point, at depth 1."""
-    fx, fy, cx, cy, w, h = shot.lens
-    half = np.divide([cx, w - cx, cy, h - cy], [fx, fx, fy, fy]).min()
-    if not half > 0:
-        raise ValueError("no crop has the principal point in the middle, for it is outside")
-    if not 1e-3 <= 0.5 / half <= 1e3:
-        raise ValueError(f"its focal length is {0.5 / half:.4g} widths, and not 0.001 to 1000")
-    return float(half)
+    with named(shot.picture):
+        fx, fy, cx, cy, w, h = shot.lens
+        half = np.divide([cx, w - cx, cy, h - cy], [fx, fx, fy, fy]).min()
+        if not 5e-4 <= half <= 5e2:
+            raise ValueError("the crop with the principal point in the middle has a focal length "
+                             f"of {0.5 / half:.4g} widths, and not 0.001 to 1000")
+        return float(half)
 
 
 def cube_scale(shots):
     """World units a cube unit, for a cube at the origin that is as wide as the pictures."""
-    return float(np.nanmedian([math.hypot(*shot.pose[:3, 3]) * named(half_view, shot)
-                               for shot in shots])) or 1.0
+    return float(np.nanmedian([math.hypot(*shot.pose[:3, 3]) * half_view(shot)
+                               for shot in shots] or 0)) or 1.0
 
 
-def read_pose(shot, half, scale):
-    """A shot's pose (4, 4) in cube units; and whether its picture, whose half side at depth 1 is
-    `half`, shows the origin, and z is up. ValueError where a model can't be trained with it."""
-    pose = read_numbers(shot.pose, 16) if isinstance(shot.pose, Path) else shot.pose
+def read_shot(shot, half, scale, resolution, background):
+    """A shot as models take it: its pose (4, 4) in cube units, and the square of its picture around
+    the principal point, uint8 (3, S, S), whose half side at depth 1 is `half`.
+
+    Pixels that are not square become so. ValueError where a model can't be trained with it.
+    """
+    pose = shot.pose.read_text().split() if isinstance(shot.pose, Path) else shot.pose
     pose = np.array(pose, float).ravel()[:12].reshape(3, 4)
     R, center = pose[:, :3], pose[:, 3] / scale
     error, distance = abs(R.T @ R - np.eye(3)).max(), np.linalg.norm(center)
-    if not (error < 1e-3 and np.linalg.det(R) > 0 and np.isfinite(pose).all()):
+    if not (error < 1e-3 and np.linalg.det(R) > 0):
         raise ValueError(f"the pose is not a rotation and a position (by {error:.2g})")
     if not 1e-3 <= distance <= 1e3:
         raise ValueError(f"the camera is {distance:.4g} cube units from the origin, and not 0.001 "
                          "to 1000: other units?")
-    x, y, z = -center @ R                                           # the origin, from the camera
-    upright = abs(R[2, 0]) < 0.35 and R[2, 1] < 0.35                # right is level, down is not up
-    return np.vstack([np.c_[R, center], [0, 0, 0, 1]]), max(abs(x), abs(y)) < half * z, upright
-
-
-def read_square(shot, half, resolution, background):
-    """The square of a shot's picture around its principal point, uint8 (3, S, S); at depth 1 its
-    half side is `half`. Pixels that are not square become so."""
     fx, fy, cx, cy, w, h = shot.lens
-    image = shot.image or open_picture(shot.picture, turn=False)
+    if shot.image is None:
+        image, method = open_picture(shot.picture, turn=False), Image.Resampling.LANCZOS
+    else:
+        image, method = Image.fromarray(shot.image).convert("RGBA"), Image.Resampling.BOX
     if abs(image.width * h / (image.height * w) - 1) > 0.02:
         raise ValueError(f"{image.width} x {image.height} pixels do not fit its camera's "
                          f"{w:g} x {h:g}")
     if shot.mask:
-        mask, image = open_picture(shot.mask, turn=False).convert("L"), image.convert("RGB")
-        if mask.size != image.size:
-            raise ValueError(f"its mask {shot.mask} has another size")
-        image.putalpha(mask)
+        image.putalpha(open_picture(shot.mask, turn=False).convert("L"))
     x, y, half_w, half_h = cx / w, cy / h, half * fx / w, half * fy / h
     box = np.clip([x - half_w, y - half_h, x + half_w, y + half_h], 0, 1) * (image.size * 2)
-    method = Image.Resampling.BOX if shot.image else Image.Resampling.LANCZOS
-    image = flatten(image, background)[0].resize((resolution, resolution), method, tuple(box))
-    return np.moveaxis(np.array(image), 2, 0)
+    image = flatten(image, background).resize((resolution, resolution), method, tuple(box))
+    return np.vstack([np.c_[R, center], [0, 0, 0, 1]]), np.moveaxis(np.array(image), 2, 0)
 
 
-def read_views(path, found, shots_of, scale, split, background=(1.0, 1.0, 1.0), scenes=None,
+def read_views(path, found, split, shots_of, scale, background=(1.0, 1.0, 1.0), scenes=None,
                views=None, resolution=64, seed=0, device="cpu"):
     """`Views` of the first scenes of the list `found`; shots_of(scene) lists the `Shot`s of one.
 
-    scale: world units a cube unit. split: what is held back, as `find` has it. Some views of many
+    split: what is held back, as `find` has it. scale: world units a cube unit. Some views of many
     are evenly spread, from a start that differs by scene: NMR's scenes share their cameras, and one
     view of each would show one side of all. The crop is the largest that all pictures have room
     for: a set has one focal. A line on stderr where z is not up, or cameras look away.
     """
-    check_counts(scenes=scenes, views=views, resolution=resolution)
-    if not found:
-        raise FileNotFoundError(f"there are no scenes in {path}")
     chosen, held_out = hold_back(path, found, split)
-    chosen = chosen[:scenes]
-    shots = parallel(shots_of, chosen, "scenes")
+    shots = parallel(shots_of, chosen[:scenes], "scenes")
     if len(found) == 1:
         shots[0], held_out = hold_back(path, shots[0], split, "pictures")
     counts = [len(some) for some in shots]
     if not min(counts):
         raise FileNotFoundError(f"there are no pictures in {chosen[counts.index(0)]}")
     V = min(min(counts), views or math.inf)
-    if len(chosen) < (scenes or 0) or V < (views or max(counts)):
-        print(f"{path}: {len(chosen)} scenes of {V} views are all there are", file=sys.stderr)
+    if len(shots) < (scenes or 0) or V < (views or max(counts)):
+        print(f"{path}: {len(shots)} scenes of {V} views are all there are", file=sys.stderr)
     start = [mix(mix(seed) ^ i) if V < count else 0 for i, count in enumerate(counts)]
     shots = [some[(start[i] + k * counts[i] // V) % counts[i]]
              for i, some in enumerate(shots) for k in range(V)]
-    half = min(named(half_view, shot) for shot in shots)
-    poses, in_view, upright, images = zip(*parallel(lambda shot: (
-        *read_pose(shot, half, scale), read_square(shot, half, resolution, background)),
-        shots, "pictures"))
-    for fine, what in (in_view, "the origin is in view"), (upright, "z is up"):
-        if sum(fine) < len(fine) / 2:
-            print(f"{path}: in {sum(fine)} of {len(fine)} pictures {what}: other axes?",
-                  file=sys.stderr)
+    half = min(map(half_view, shots))
+    poses, images = zip(*parallel(lambda shot: read_shot(
+        shot, half, scale, resolution, background), shots, "pictures"))
     images = torch.from_numpy(np.stack(images)).float().div_(127.5).sub_(1)     # in place: many
     poses = torch.from_numpy(np.stack(poses)).float()
+    x, y, z = (-poses[:, :3, 3:] * poses[:, :3, :3]).sum(1).T       # the origin, from the cameras
+    for right, what in (
+            (torch.maximum(x.abs(), y.abs()) < half * z, "the origin is in view"),
+            ((poses[:, 2, 0].abs() < 0.35) & (poses[:, 2, 1] < 0.35), "z is up")):
+        if right.sum() < len(right) / 2:
+            print(f"{path}: in {right.sum()} of {len(right)} pictures {what}: other axes?",
+                  file=sys.stderr)
     return Views(images.unflatten(0, (-1, V)), poses.unflatten(0, (-1, V)), 0.5 / half,
                  torch.tensor(background), Path(path).name, scale, None, held_out).to(device)
 
@@ -560,15 +517,13 @@ def load_srn(path, split=None, **how):
     `*_val`, `*_test` of such.
     """
     def shots_of(rgb):
-        f, cx, cy, *_, h, w = read_numbers(rgb.parent / "intrinsics.txt", 10)
+        numbers = (rgb.parent / "intrinsics.txt").read_text().split()[:10]
+        f, cx, cy, _, _, _, _, _, h, w = map(float, numbers)
         if cx >= w:                     # an older archive states f, cx and cy for 512 pixels
             w, h = 2 * cx, 2 * cy
-        pictures, poses = visible(rgb, "*.png"), visible(rgb.parent, "pose/*.txt")
-        if [f.stem for f in pictures] != [f.stem for f in poses]:
-            raise ValueError(f"{len(pictures)} pictures and {len(poses)} poses do not match")
-        return [Shot(*both, (f, f, cx, cy, w, h)) for both in zip(pictures, poses)]
-    found, split = find(path, load_srn, split)
-    return read_views(path, found, shots_of, SHAPENET_SCALE, split, **how)
+        return [Shot(picture, rgb.parent / f"pose/{picture.stem}.txt", (f, f, cx, cy, w, h))
+                for picture in visible(rgb, "*.png")]
+    return read_views(path, *find(path, load_srn, split), shots_of, SHAPENET_SCALE, **how)
 
 
 def load_nmr(path, split=None, **how):
@@ -579,21 +534,19 @@ def load_nmr(path, split=None, **how):
     """
     def shots_of(scene):
         shots, y_to_z_up = [], np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]])
+        masks = {file.name: file for file in visible(scene, "mask/*.png")}
         with np.load(scene / "cameras.npz", allow_pickle=False) as file:
             for i, picture in enumerate(visible(scene, "image/*.png")):
-                pose = (file[key] if (key := f"world_mat_inv_{i}") in file else
-                        np.linalg.inv([*file[f"world_mat_{i}"][:3], [0, 0, 0, 1]]))
+                pose = np.linalg.inv([*file[f"world_mat_{i}"][:3], [0, 0, 0, 1]])
                 K = file[f"camera_mat_{i}"].astype(float)               # for pixels from -1 to 1
                 lens = K[0, 0], K[1, 1], K[0, 2] + 1, K[1, 2] + 1, 2, 2
-                mask = scene / "mask" / picture.name
-                shots.append(Shot(picture, y_to_z_up @ pose[:3], lens,
-                                  mask if mask.is_file() else None))
+                shots.append(Shot(picture, y_to_z_up @ pose[:3], lens, masks.get(picture.name)))
         return shots
     files, split = find(path, load_nmr, split)
     listed = [file.parent / name for file in files if file.suffix == ".lst"
               for name in file.read_text("utf-8-sig").split()]
     found = [scene for scene in listed or [file.parent for file in files] if scene.is_dir()]
-    return read_views(path, found, shots_of, SHAPENET_SCALE, split, **how)
+    return read_views(path, found, split, shots_of, SHAPENET_SCALE, **how)
 
 
 def load_clevr567(path, split=None, **how):
@@ -604,10 +557,10 @@ def load_clevr567(path, split=None, **how):
     files, split = find(path, load_clevr567, split)
     found, lens = defaultdict(list), (350 / 320, 350 / 240, 0.5, 0.5, 1, 1)
     for pose in files:                                          # other pictures are masks
-        if scene := re.search(r"sc\d+", pose.name):
-            picture = pose.with_name(pose.name.replace("_RT.txt", ".png"))
-            found[pose.parent / scene[0]].append(Shot(picture, pose, lens))
-    return read_views(path, list(found), found.get, CLEVR_SCALE, split, **how)
+        picture = pose.with_name(pose.name.replace("_RT.txt", ".png"))
+        scene = pose.parent / re.sub(r".*(sc\d+).*", r"\1", pose.name)
+        found[scene].append(Shot(picture, pose, lens))
+    return read_views(path, list(found.values()), split, list, CLEVR_SCALE, **how)
 
 
 def load_folder(path, split=None, scale=None, **how):
@@ -620,59 +573,45 @@ def load_folder(path, split=None, scale=None, **how):
     wide as the pictures of the first training scene, at the origin. how: `background`, too, in
     [-1, 1], on which alpha is laid.
     """
-    @cache
-    def pictures_in(folder):
-        kinds = Image.registered_extensions()
-        return {f.stem: f for f in visible(folder, "*") if f.suffix.lower() in kinds}
-
     def locate(file, name):
         """The file of this name, which may lack its extension or have Windows' backslashes."""
         name = file.parent / name.replace("\\", "/")
-        return name if name.is_file() else pictures_in(name.parent).get(name.name, name)
-
-    def focal(frame, axis, size):
-        length, angle = frame.get(f"fl_{axis}"), frame.get(f"camera_angle_{axis}")
-        if length or angle is None:
-            return length
-        if not 0 < angle < math.pi:
-            raise ValueError(f"camera_angle_{axis} is {angle}, and has to be in radians, below pi")
-        return 0.5 * size / math.tan(angle / 2)
+        kinds = Image.registered_extensions()
+        names = (Path(f"{name}{kind}") for kind in ("", *kinds, *map(str.upper, kinds)))
+        return next(filter(Path.is_file, names), name)
 
     def lens_of(frame, picture):
         model = "FISHEYE" if frame.get("is_fisheye") else frame.get("camera_model", "PINHOLE")
         if not re.fullmatch("(.*_)?(pinhole|perspective|opencv|radial)", model, re.I):
             raise ValueError(f"its camera is {model}, and no pinhole: undistort the pictures")
-        size = frame.get("w"), frame.get("h")
-        w, h = Image.open(picture).size if None in size else size
-        fx, fy = focal(frame, "x", w), focal(frame, "y", h)
-        if not (fx or fy):
-            raise ValueError("it has neither camera_angle_x nor fl_x")
-        return fx or fy, fy or fx, frame.get("cx", w / 2), frame.get("cy", h / 2), w, h
+        w, h = (frame["w"], frame["h"]) if {"w", "h"} <= {*frame} else Image.open(picture).size
+        angles = np.array([frame.get(f"camera_angle_{axis}", math.nan) for axis in "xy"])
+        focal = (w, h) / np.tan(angles / 2) / 2
+        focal = [frame.get(f"fl_{axis}", f) for axis, f in zip("xy", focal)]
+        if np.isnan(focal).all() or (angles >= math.pi).any():
+            raise ValueError("it has neither fl_x nor a camera_angle_x in radians, below pi")
+        fx, fy = np.where(np.isnan(focal), focal[::-1], focal)              # one stands for both
+        return fx, fy, frame.get("cx", w / 2), frame.get("cy", h / 2), w, h
 
     @cache
     def shots_of(file):
         about = json.loads(file.read_text("utf-8-sig"))
-        frames = [{key: value for part in (about, frame) for key, value in part.items()
+        frames = [{key: value for key, value in (*about.items(), *frame.items())
                    if value is not None} for frame in about["frames"]]
         pictures = [locate(file, frame["file_path"]) for frame in frames]
-        there = [both for both in zip(frames, pictures) if both[1].is_file()]
-        if not there:
-            raise FileNotFoundError(f"there are no pictures of {file}, such as "
-                                    f"{[str(picture) for picture in pictures[:1]]}")
-        if len(there) < len(frames):
-            print(f"{file}: {len(frames) - len(there)} of {len(frames)} pictures are missing",
-                  file=sys.stderr)
+        if missing := [picture for picture in pictures if not picture.is_file()]:
+            print(f"{file}: {len(missing)} of {len(frames)} pictures are missing, such as "
+                  f"{missing[0]}", file=sys.stderr)
         if any(frame.get(key) for frame in frames for key in ("k1", "k2", "k3", "k4", "p1", "p2")):
             print(f"{file}: lens distortion is not corrected", file=sys.stderr)
         return [Shot(picture, np.array(frame["transform_matrix"], float) * FLIP,
                      lens_of(frame, picture),
                      locate(file, frame["mask_path"]) if "mask_path" in frame else None)
-                for frame, picture in there]
+                for frame, picture in zip(frames, pictures) if picture.is_file()]
     if scale is None:
-        (first, *_), _ = find(path, load_folder, None)
-        scale = cube_scale(named(shots_of, first))
-    found, split = find(path, load_folder, split)
-    return read_views(path, found, shots_of, scale, split, **how)
+        first = parallel(shots_of, find(path, load_folder, None)[0][:1], "scenes")
+        scale = cube_scale(sum(first, []))
+    return read_views(path, *find(path, load_folder, split), shots_of, scale, **how)
 
 
 def load_npz(path, split=None, resolution=64, **how):
@@ -683,36 +622,27 @@ def load_npz(path, split=None, resolution=64, **how):
     images (V, H, W, 3) from 0 to 1, poses in OpenGL's axes, focal in pixels; the cube is as wide as
     its pictures. Pictures are made smaller by area; ValueError for a larger resolution.
     """
-    (file, *others), split = find(path, load_npz, split)
-    if others:
-        raise ValueError(f"{path} has {file} and {others[0]}: name one of them")
-
-    def read(file):
-        with np.load(file, allow_pickle=False) as arrays:
-            images, poses, focal = (arrays[key] for key in ("images", "poses", "focal"))
-            tiny = images.ndim == 4
-            color = np.zeros(3, np.uint8) if tiny else arrays["background"]
-        if tiny:
-            if not (images.dtype.kind == "f" and images.min() >= 0 and images.max() <= 1):
-                raise ValueError("images of a single scene have to be floats from 0 to 1")
+    files, split = find(path, load_npz, split)
+    if len(files) != 1:
+        raise ValueError(f"{path} has {len(files)} .npz files, and not one: name it")
+    file, = files
+    with named(file), np.load(file, allow_pickle=False) as arrays:
+        images, poses, focal = arrays["images"], arrays["poses"], float(arrays["focal"])
+        tiny = images.ndim == 4
+        color = np.zeros(3, np.uint8) if tiny else arrays["background"]
+        if tiny and images.dtype.kind == "f" and images.min() >= 0 and images.max() <= 1:
             images, poses = np.uint8(np.rint(images * 255))[None], poses[None] * FLIP
-        for key, array, kind, shape in (
-                ("images", images, np.uint8, (*images.shape[:4], 3)),
-                ("poses", poses, np.floating, (*images.shape[:2], 4, 4)),
-                ("focal", focal, np.number, ()), ("background", color, np.uint8, (3,))):
-            if array.shape != shape or not array.size or not np.issubdtype(array.dtype, kind):
-                raise ValueError(f"{key}: {array.dtype} {array.shape} is not what it has to be")
-        if resolution > min(images.shape[2:4]):
+        if not images.dtype == color.dtype == np.uint8:
+            raise ValueError("images have to be uint8, or one scene's in [0, 1]; background uint8")
+        N, V, H, W, _ = images.shape
+        if resolution > min(H, W):
             raise ValueError(f"its pictures are smaller than {resolution} x {resolution}")
-        return images, poses, float(focal) * (1 if tiny else images.shape[3]), color, tiny
-    images, poses, focal, color, tiny = named(read, file)
-    N, V, H, W, _ = images.shape
-
-    def shots_of(i):
-        return [Shot(f"{file}: images[{i}, {v}]", poses[i, v], (focal, focal, W / 2, H / 2, W, H),
-                     image=Image.fromarray(images[i, v])) for v in range(V)]
-    return read_views(path, range(N), shots_of, cube_scale(shots_of(0)) if tiny else 1.0, split,
-                      tuple((color / 127.5 - 1).tolist()), resolution=resolution, **how)
+        fx = focal if tiny else focal * W
+        found = [[Shot(f"{file}: images[{i}, {v}]", poses[i, v], (fx, fx, W / 2, H / 2, W, H),
+                       image=images[i, v]) for v in range(V)] for i in range(N)]
+        scale = cube_scale(found[0]) if tiny else 1.0
+    return read_views(path, found, split, list, scale, tuple((color / 127.5 - 1).tolist()),
+                      resolution=resolution, **how)
 
 
 def clevr_primitives(objects):
@@ -720,14 +650,12 @@ def clevr_primitives(objects):
     rows = []
     for o in objects:
         x, y, z = (c / CLEVR_SCALE for c in o["3d_coords"])     # z is half the height: all stand
-        if not (z > 0 and max(abs(x), abs(y), z) < 100 and math.isfinite(o["rotation"])):
-            raise ValueError("an object is below the ground, or far away")
         c, s = z * math.cos(o["rotation"]), z * math.sin(o["rotation"])
+        if not (z > 0 and all(abs(value) < 100 for value in (x, y, z, c))):
+            raise ValueError("an object is below the ground, or far away")
         rows.append((CLEVR_SHAPES[o["shape"]], [[c, -s, 0, x], [s, c, 0, y], [0, 0, z, z]],
                      CLEVR_COLORS[CLEVR_NAMES.index(o["color"])],
                      0.35 * (o["material"] == "metal")))
-    if not rows:
-        raise ValueError("a scene has no objects")
     return [torch.tensor(column) for column in zip(*rows)]
 
 
@@ -737,33 +665,31 @@ def load_clevr(path, split=None, scenes=None, views=None, resolution=64, seed=0,
     path: the folder of `scenes/CLEVR_{train,val}_scenes.json`, such a file, or what CLEVR's
     generator wrote: `CLEVR_scenes.json`. `subsets/clevr_cameras.py` makes an .npz of the pictures.
     """
-    check_counts(scenes=scenes, views=views, resolution=resolution)
     files, split = find(path, load_clevr, split)
     if (Path(path) / "images").is_dir():
         print(f"{path}: pictures are not read, layouts are drawn", file=sys.stderr)
-    layouts = [(file, scene) for file in files for scene in named(
-        lambda file: list(json.loads(file.read_text("utf-8-sig"))["scenes"]), file)]
-    if not layouts:
-        raise ValueError(f"there are no scenes in {files[0]}")
-    layouts, held_out = hold_back(path, layouts, split)
-    rows = [named(lambda _: clevr_primitives(scene["objects"]), file)
-            for file, scene in layouts[:scenes]]
-    about, where = SETS["clevr"], "cpu" if torch.device(device).type == "mps" else device
-    made = Scenes(*(pad_sequence(column, True, EMPTY).to(where) for column in zip(*rows)), 0.0,
-                  about.background)
-    poses = random_poses("clevr", len(rows), views or 1, -1 - seed if held_out else seed,
-                         device=where)
-    images, depth = trace(made, poses, about.focal, resolution)
-    return Views(images, poses, about.focal, torch.tensor(about.background) * 2 - 1,
-                 files[0].stem, CLEVR_SCALE, depth, held_out).to(device)
+    layouts = {}
+    for file in files:
+        with named(file):
+            layouts |= {f"{file}: scene {i}": scene["objects"] for i, scene in enumerate(
+                json.loads(file.read_text("utf-8-sig"))["scenes"]) if scene["objects"]}
+    chosen, held_out = hold_back(path, list(layouts), split)
+    rows = parallel(lambda scene: clevr_primitives(layouts[scene]), chosen[:scenes], "scenes")
+
+    def layouts_of(name, scenes, seed, start, device):
+        columns = (pad_sequence(column, True, EMPTY).to(device) for column in zip(*rows))
+        return Scenes(*columns, 0.0, SETS[name].background)
+    drawn = synthetic("clevr", len(rows), views or 1, resolution, seed, device,
+                      held_out=held_out, make=layouts_of)
+    return replace(drawn, name=files[0].stem, scale=CLEVR_SCALE)
 
 
 # ---- Data by its name --------------------------------------------------------------------------
 
 FORMATS = {     # what it is called, and files or folders by which it is known
-    load_folder: ("NeRF's transforms.json", *(f"transforms{split}.json"
-                                              for split in ("", "_train", "_val", "_test"))),
-    load_clevr: ("CLEVR's layouts", "scenes/*_scenes.json", "*_scenes.json"),
+    load_folder: ("NeRF's transforms.json", "transforms.json", "transforms_train.json",
+                  "transforms_val.json", "transforms_test.json"),
+    load_clevr: ("CLEVR's layouts", "*_scenes.json"),
     load_nmr: ("NMR's ShapeNet", "softras_*.lst", "cameras.npz"),
     load_srn: ("ShapeNet-SRN", "rgb"),
     load_clevr567: ("CLEVR-567", "*_RT.txt"),
@@ -783,24 +709,20 @@ def load(spec, scenes=None, views=None, resolution=64, split=None, seed=0, devic
     if split not in (None, "train", "test"):
         raise ValueError(f"split must be train or test, not {split!r}")
     if spec in SETS:
-        drawn = synthetic(spec, 1000 if scenes is None else scenes, 1 if views is None else views,
-                          resolution, -1 - seed if split == "test" else seed, device)
-        return replace(drawn, held_out=split == "test")
+        return synthetic(spec, 1000 if scenes is None else scenes, 1 if views is None else views,
+                         resolution, seed, device, held_out=split == "test")
     subsets = Path(__file__).resolve().parent / "subsets"
     names = [file.parent.name for file in subsets.glob("*/train.npz")]
     path = subsets / spec if spec in names else Path(spec)
-    if not path.exists():
-        raise ValueError(f"{spec!r} is neither a built-in set ({', '.join(SETS)}) nor one in "
-                         f"subsets/ ({', '.join(names)}) nor a path")
     for depth in range(4):                                  # what is quick to find comes first
         for loader, (name, *marks) in FORMATS.items():
-            if any(path.match(Path(mark).name) if path.is_file() else
-                   next(path.glob("*/" * depth + mark), None) for mark in marks):
+            if visible(path, *("*/" * depth + mark for mark in marks)):
                 print(f"{path}: taken for {name}", file=sys.stderr)
                 return loader(path, split, scenes=scenes, views=views, resolution=resolution,
                               seed=seed, device=device)
-    raise ValueError(f"{path} has no known format; looked for " + ", ".join(
-        f"{mark} ({name})" for name, mark, *_ in FORMATS.values()))
+    known = ", ".join(f"{mark} ({name})" for name, mark, *_ in FORMATS.values())
+    raise ValueError(f"{spec} is neither a built-in set ({', '.join(SETS)}) nor one in subsets/ "
+                     f"({', '.join(names)}) nor a path of a known format: {known}")
 
 
 def test_views(config, scenes, views, device):
@@ -832,16 +754,14 @@ def training_pictures(config, device, rank=0, world=1):
     images = images.to(device)
 
     @lru_cache(maxsize=1)
-    def trace_ahead(i):
-        """The scenes of `ahead` steps, from step i * ahead on."""
+    def trace_ahead(i):             # the scenes of `ahead` steps, from step i * ahead on
         return synthetic(config.data, ahead * B, 1, S, config.seed, device,
                          start=(i * world + rank) * ahead * B, depth=False)
 
     def draw(step):
         if fresh:
-            i = step % ahead * B
-            new = trace_ahead(step // ahead)[i:i + B]
-            return new.images[:, 0], new.poses[:, 0]
+            new, i = trace_ahead(step // ahead), step % ahead * B
+            return new.images[i:i + B, 0], new.poses[i:i + B, 0]
         chosen = torch.randint(len(images), (B,)).to(device)
         some = images[chosen]
         return some.float() / 127.5 - 1 if views.depth is None else some, poses[chosen]
@@ -853,16 +773,14 @@ def training_pictures(config, device, rank=0, world=1):
                       radius=radius.mean().item(), elevation=elevation)
 
 
-# ---- The built-in sets: what is in a scene -----------------------------------------------------
-
-MASK = 0xFFFFFFFF
-
+# ---- The built-in sets -------------------------------------------------------------------------
 
 def mix(x):
     """A 32-bit integer hash of a number or an int64 tensor; its products stay below 2^63."""
-    x = ((x & MASK) + 0x9E3779B9) & MASK
+    low = 0xFFFFFFFF
+    x = ((x & low) + 0x9E3779B9) & low
     for _ in range(3):
-        x = (((x >> 16) ^ x) * 0x45D9F3B) & MASK
+        x = (((x >> 16) ^ x) * 0x45D9F3B) & low
     return (x >> 16) ^ x
 
 
@@ -976,14 +894,13 @@ def build_cars(s, ground):
     h, nose = (roof - belt) / 2, draw(0.02, 0.10)
     cabin, skirt = s.either(0.25, other, paint), s.either(0.5, s.row([BLACK]), paint)
 
-    chords = 2 * L, 2 * L - nose
-    s.wing((0, 0, low), (-nose / 2, 0, belt), chords, (0, W, 0), paint, True, 0.3)
+    s.wing((0, 0, low), (-nose / 2, 0, belt), (2 * L, 2 * L - nose), (0, W, 0), paint, True, 0.3)
     add(BOX, (0, 0, low + 0.03), (L + 0.02, W + 0.01, 0.03), skirt)
     chords = foot1 - foot0, top1 - top0
     s.wing((foot, 0, belt), (top, 0, roof), chords, (0, 0.88 * W, 0), cabin, True, 0.3)
     chords = foot1 - foot0 - 0.16, top1 - top0 - 0.06                           # the side windows
     s.wing((foot, 0, belt + 0.2 * h), (top, 0, roof - 0.36 * h), chords, (0, 0.9 * W, 0), GLASS,
-               True, 0.3)
+           True, 0.3)
     add(BOX, (top, 0, middle), (0.02, 0.905 * W, h), cabin)                     # between the doors
     for x, slant in ((foot0 + top0 - 0.02, top0 - foot0), (foot1 + top1 + 0.02, top1 - foot1)):
         add(BOX, (x / 2, 0, middle), (0.02, 0.76 * W, 0.8 * h), GLASS, True, 0.3,
@@ -1094,8 +1011,6 @@ def build_planes(s, ground):
         add(BOX, (L, 0, z), half, BLACK, propeller)
 
 
-# ---- The built-in sets: how they are seen ------------------------------------------------------
-
 @dataclass
 class BuiltIn:
     """A built-in set; its cameras look at the origin from all azimuths."""
@@ -1109,12 +1024,12 @@ class BuiltIn:
 
 SETS = {
     "clevr1": BuiltIn(build_clevr1, -0.45, (0.75, 0.75, 0.75), (20, 50), 2.7),
+    "cubes": BuiltIn(partial(build_clevr1, kinds=(BOX,)), -0.45, (0.75, 0.75, 0.75), (20, 50), 2.7),
     "clevr": BuiltIn(build_clevr, -0.30, (0.75, 0.75, 0.75), (20, 50), 2.9),
     "cars": BuiltIn(build_cars, -0.32, (0.82, 0.82, 0.82), (15, 45), 2.9),
     "chairs": BuiltIn(build_chairs, -0.70, (0.43, 0.17, 0.18), (15, 45), 3.1),
     "planes": BuiltIn(build_planes, -0.35, (0.43, 0.17, 0.18), (15, 50), 2.9),
 }
-SETS["cubes"] = replace(SETS["clevr1"], build=partial(build_clevr1, kinds=(BOX,)))
 
 
 def random_poses(name, scenes, views=1, seed=0, start=0, device="cpu"):
@@ -1133,18 +1048,19 @@ def random_scenes(name, scenes, seed=0, start=0, device="cpu"):
 
 
 def synthetic(name, scenes, views=1, resolution=64, seed=0, device="cpu", start=0, samples=2,
-              depth=True):
+              depth=True, held_out=False, make=random_scenes):
     """`Views` of scenes start..start+scenes-1 of a built-in set, from random cameras.
 
     Scene i and its view v are the same whatever else is asked for. samples: anti-aliasing by
     samples x samples rays a pixel. Without `depth`, which takes time, `Views.depth` is None.
+    held_out: scenes that no training sees. make: gives the `Scenes`, as `random_scenes` does.
     """
-    if name not in SETS:
-        raise ValueError(f"there is no built-in set {name!r}: choose one of {', '.join(SETS)}")
-    check_counts(scenes=scenes, views=views, resolution=resolution, samples=samples)
+    if min(scenes, views, resolution, samples) < 1:
+        raise ValueError("scenes, views, resolution and samples have to be at least 1")
     about, where = SETS[name], "cpu" if torch.device(device).type == "mps" else device
+    seed = -1 - seed if held_out else seed
     poses = random_poses(name, scenes, views, seed, start, where)
-    images, depths = trace(random_scenes(name, scenes, seed, start, where), poses, about.focal,
-                           resolution, samples, depth)
+    images, depths = trace(make(name, scenes, seed, start, where), poses, about.focal, resolution,
+                           samples, depth)
     background = torch.tensor(about.background) * 2 - 1
-    return Views(images, poses, about.focal, background, name, depth=depths).to(device)
+    return Views(images, poses, about.focal, background, name, 1.0, depths, held_out).to(device)
