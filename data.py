@@ -438,7 +438,7 @@ def read_shot(shot, half, scale, resolution, background):
 
     Pixels that are not square become so. ValueError where a model can't be trained with it.
     """
-    pose = shot.pose.read_text().split() if isinstance(shot.pose, Path) else shot.pose
+    pose = shot.pose.read_text("utf-8-sig").split() if isinstance(shot.pose, Path) else shot.pose
     pose = np.array(pose, float).ravel()[:12].reshape(3, 4)
     R, center = pose[:, :3], pose[:, 3] / scale
     error, distance = abs(R.T @ R - np.eye(3)).max(), np.linalg.norm(center)
@@ -517,7 +517,7 @@ def load_srn(path, split=None, **how):
     `*_val`, `*_test` of such.
     """
     def shots_of(rgb):
-        numbers = (rgb.parent / "intrinsics.txt").read_text().split()[:10]
+        numbers = (rgb.parent / "intrinsics.txt").read_text("utf-8-sig").split()[:10]
         f, cx, cy, _, _, _, _, _, h, w = map(float, numbers)
         if cx >= w:                     # an older archive states f, cx and cy for 512 pixels
             w, h = 2 * cx, 2 * cy
