@@ -884,8 +884,7 @@ def one_line(error):
 def writable(folder):
     """Make a folder; OSError now, before the work, where nothing can be written to it."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with TemporaryFile(dir=folder):
-        pass
+    TemporaryFile(dir=folder).close()
 
 
 def write(path, writer):
@@ -1049,17 +1048,13 @@ class Journal:
 
 def pick_device(name):
     """A torch device; auto is cuda, mps or cpu, the first that works. ValueError for others."""
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    names = [*there, "cpu"] if name == "auto" else [name]
-    for name in names:
+    for kind in ["cuda", "mps", "cpu"] if name == "auto" else [name]:
         try:                                        # older torch lacks this step on mps
-            planes = torch.ones(1, 1, 2, 2, device=name, requires_grad=True)
+            planes = torch.ones(1, 1, 2, 2, device=kind, requires_grad=True)
             F.grid_sample(planes, planes.new_zeros(1, 2, 2, 2), align_corners=True).sum().backward()
-            return torch.device(name)               # without a number: "cuda" is this process's
+            return torch.device(kind)               # without a number: "cuda" is this process's
         except Exception as error:                  # each kind of device has its own
             said = f"device {name!r} cannot be used: {one_line(error)}"
-            if name != names[-1]:
-                print(said, file=sys.stderr)
     raise ValueError(said)
 
 
@@ -1074,7 +1069,7 @@ def bf16_is_fast(device):
 def compile_unet(model):
     """torch.compile the U-Net; ValueError where there is no compiler for it."""
     try:
-        torch.compile(torch.sin)(torch.zeros(4, device=model.background.device))
+        torch.compile(torch.sin)(model.background)
     except Exception as error:                      # of torch's compilers, each has its own
         raise ValueError(f"--compile finds no working compiler: {one_line(error)}") from None
     model.unet.compile()
@@ -1214,12 +1209,12 @@ def input_pictures(model, args, masks=None):
         views = load(config.data, args.count, 5, config.resolution, "test", args.seed, device)
         return views.images.unbind(1), views.poses.unbind(1)
     images = read_image(args.image, config.resolution, config.background, args.fit)[None].to(device)
-    if None not in camera:
+    if args.azimuth is not None:
         return [images], [orbit(*camera, config.radius)[None].to(device)]
     poses = find_poses(model, images, masks)
     x, y, z = poses[0, :3, 3].tolist()
-    print(f"camera found at azimuth {math.degrees(math.atan2(y, x)):.0f}, elevation "
-          f"{math.degrees(math.asin(z / config.radius)):.0f} degrees")
+    angles = math.degrees(math.atan2(y, x)), math.degrees(math.atan2(z, math.hypot(x, y)))
+    print("camera found at azimuth {:.0f}, elevation {:.0f} degrees".format(*angles))
     return [images], [poses]
 
 
