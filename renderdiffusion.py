@@ -745,16 +745,13 @@ def ssim(a, b):
     Gaussian window, sigma 1.5, 11 x 11 pixels, wherever it lies inside the picture.
     """
     window = torch.softmax(-(torch.arange(11, device=a.device) - 5.0) ** 2 / 4.5, dim=0)
-
-    def blur(images):
-        return F.conv2d(F.conv2d(images.flatten(0, 1)[:, None], window.view(1, 1, 1, 11)),
-                        window.view(1, 1, 11, 1))                              # (3B, 1, S-10, S-10)
-    mean_a, mean_b = blur(a), blur(b)
-    variances = blur(a * a) - mean_a ** 2 + blur(b * b) - mean_b ** 2
-    covariance = blur(a * b) - mean_a * mean_b
+    maps = torch.stack([a, b, a * a, b * b, a * b]).flatten(0, 2)[:, None]     # (15 B, 1, S, S)
+    maps = F.conv2d(F.conv2d(maps, window.view(1, 1, 1, 11)), window.view(1, 1, 11, 1))
+    mean_a, mean_b, aa, bb, ab = maps.view(5, len(a), -1)                      # (B, 3 (S-10)^2)
     similarity = ((2 * mean_a * mean_b + 1e-4) / (mean_a ** 2 + mean_b ** 2 + 1e-4)
-                  * (2 * covariance + 9e-4) / (variances + 9e-4))
-    return similarity.view(len(a), -1).mean(1)
+                  * (2 * (ab - mean_a * mean_b) + 9e-4)
+                  / (aa - mean_a ** 2 + bb - mean_b ** 2 + 9e-4))
+    return similarity.mean(1)
 
 
 @torch.no_grad()
@@ -789,30 +786,25 @@ def find_poses(model, images, masks=None):
     The encoder needs none, so the picture's planes are rendered from candidates all over the
     training cameras' sphere, then round the best one in steps that halve.
     """
-    config, S = model.config, model.config.resolution
-    (low, high), sphere = config.elevation, config.radius
+    (low, high), radius, S = model.config.elevation, model.config.radius, model.config.resolution
     known = torch.ones_like(images[:, :1]) if masks is None else masks.to(images)
     images = torch.where(known > 0.5, images, (model.background * 2 - 1).view(3, 1, 1))
     planes = model.encode(images, 0)
-
-    def best_of(candidates, S):                 # (K, B, 2) azimuths and elevations -> (B, 2)
-        target, weight = (F.adaptive_avg_pool2d(x, S) for x in (images, known))
+    sides = torch.cartesian_prod(torch.arange(0.0, 360, 12),
+                                 torch.linspace(low, high, 2 + int((high - low) / 12)))
+    around = torch.cartesian_prod(*[torch.tensor([-1.0, 0, 1])] * 2)
+    best = images.new_zeros(len(images), 2)                     # azimuths and elevations
+    # from half the grid's step on: no gaps
+    for offsets, side in [(sides, 16), *((step * around, 32) for step in (6.0, 3.0, 1.5, 0.8))]:
+        target, weight = (F.adaptive_avg_pool2d(x, min(S, side)) for x in (images, known))
+        candidates = best + offsets.to(images)[:, None]                        # (K, B, 2)
+        candidates[..., 1].clamp_(low, high)
         errors = []
         for angles in progress(candidates, len(candidates), "cameras"):
-            shown, _, _ = model.render(planes, orbit(*angles.T, sphere), resolution=S)
+            shown = model.render(planes, orbit(*angles.T, radius), resolution=min(S, side))[0]
             errors.append((weight * (shown - target).square()).mean((1, 2, 3)))
-        return candidates[torch.stack(errors).argmin(0), torch.arange(len(images))]
-
-    azimuths = torch.arange(0.0, 360, 12)
-    elevations = torch.linspace(low, high, 2 + int((high - low) / 12))
-    sides = torch.cartesian_prod(azimuths, elevations).to(images)[:, None]     # (K, 1, 2)
-    best = best_of(sides.expand(-1, len(images), 2), min(S, 16))
-    around = torch.cartesian_prod(*[torch.tensor([-1.0, 0, 1])] * 2).to(images)[:, None]
-    for step in (6.0, 3.0, 1.5, 0.8):           # from half the grid's on: no gaps
-        candidates = best + step * around
-        candidates[..., 1].clamp_(low, high)
-        best = best_of(candidates, min(S, 32))
-    return orbit(*best.T, sphere)
+        best = candidates[torch.stack(errors).argmin(0), torch.arange(len(images))]
+    return orbit(*best.T, radius)
 
 
 # ---- Checkpoints, and what a training says -----------------------------------------------------
@@ -821,43 +813,41 @@ VERSION, SHIPPED = 2, Path(__file__).resolve().parent / "checkpoints"
 
 
 def check_config(config):
-    """ValueError, one sentence, for the first field of a `Config` that cannot be."""
+    """ValueError, one sentence, for the first field of a dataclass that cannot be."""
     for field in dataclasses.fields(config):
-        name, value, limits = field.name, getattr(config, field.name), field.metadata
-        fits = isinstance(value, (int, float) if field.type is float else field.type)
-        if not limits or not fits:
-            if not fits or np.size(value) != np.size(field.default) or not np.isfinite(value).all():
-                raise ValueError(f"{name} must be like {field.default!r}, not {value!r}")
-        elif limits["among"] and value not in limits["among"]:
-            raise ValueError(f"{name} must be one of {limits['among']}, not {value!r}")
-        elif field.type in (int, float) and not limits["least"] <= value <= limits["most"]:
-            raise ValueError("{} must be from {least:g} to {most:g}, not {}".format(
-                name, value, **limits))
-    if config.unet_channels % 16:
+        value, limits = getattr(config, field.name), field.metadata
+        least, most, among = limits.get("least", -1e9), limits.get("most", 1e9), limits.get("among")
+        kinds = {float: (int, float), tuple: (list, tuple)}.get(field.type, field.type)
+        fits = isinstance(value, kinds) and (limits or np.size(value) == np.size(field.default))
+        if fits and field.type is not str:
+            fits = all(least <= number <= most for number in np.ravel(value))
+        if value is not field.default and not (fits and value in (among or [value])):
+            wanted = f"one of {among}" if among else f"{field.type.__name__}, {least:g} to {most:g}"
+            raise ValueError(f"{field.name} must be {wanted}, not {value!r}")
+    if getattr(config, "unet_channels", 0) % 16:
         raise ValueError(f"unet_channels must be a multiple of 16, not {config.unet_channels}")
 
 
-def first_line(error):
-    """An error's first line, shortened: what fits into one sentence."""
-    return str(error).strip().split("\n")[0][:300]
+def one_line(error):
+    """What an error says, shortened: what fits into one sentence."""
+    return " ".join(str(error).split())[:300]
 
 
 def writable(folder):
     """Make a folder; OSError now, before the work, where nothing can be written to it."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with TemporaryFile(dir=folder):
-        pass
+    TemporaryFile(dir=folder).close()
 
 
 def write(path, writer):
-    """Call writer(file) on a temporary file, then rename it to path: never half a file."""
-    path = Path(path)
+    """Write what writer(file) makes to a temporary file, then rename it: never half a file."""
+    path, buffer = Path(path), BytesIO()
+    writer(buffer)              # to a file, torch makes a RuntimeError of a full disk's OSError
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            writer(file)
-        os.replace(temporary, path)
+        temporary.write_bytes(buffer.getbuffer())
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -871,64 +861,60 @@ def save_checkpoint(path, model, training=None):
     if training is None:
         weights = {name: weight.half() for name, weight in weights.items()}
         config = dataclasses.replace(config, device="auto", out="out", resume=False, init="")
-    state = {"version": VERSION, "config": dataclasses.asdict(config), "weights": weights}
-    buffer = BytesIO()          # to a file, torch makes a RuntimeError of a full disk's OSError
-    torch.save({**state, **(training or {})}, buffer)
-    write(path, lambda file: file.write(buffer.getbuffer()))
+    state = dict(training or {}, version=VERSION, config=vars(config), weights=weights)
+    # on the CPU, for a plain torch.load where there is no such GPU
+    state = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, state)
+    write(path, lambda file: torch.save(state, file))
 
 
 def load_checkpoint(name_or_path, device="cpu"):
     """The averaged model in eval mode, with `.config`, from a file or a name in checkpoints/;
     ValueError or OSError, one sentence, where there is none that fits."""
-    shipped = SHIPPED / f"{name_or_path}.pt"
-    path = shipped if shipped.is_file() else Path(name_or_path)
+    shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.pt"))}
+    path = shipped.get(str(name_or_path), Path(name_or_path))
     if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.pt")))
-        raise FileNotFoundError(f"there is no checkpoint {path}; train one, or name one: {names}")
+        raise FileNotFoundError(f"there is no checkpoint {path}; train one, or name one: "
+                                f"{', '.join(shipped)}")
     try:
-        with ZipFile(path) as file:                 # torch does not look at the check sums
-            damaged = sum(part.file_size for part in file.infolist()) > path.stat().st_size
-            if damaged or file.testzip():
-                raise ValueError("its parts do not have their sizes or check sums")
-        state = torch.load(path, map_location=device, weights_only=True)
+        with ZipFile(path) as file:
+            if file.testzip():                      # torch does not look at the check sums
+                raise ValueError("a part of it does not have its check sum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
         if state["version"] != VERSION:
             raise ValueError(f"its format is {state['version']}, and this program's {VERSION}")
-        config = Config(**state["config"])
+        config, weights = Config(**state["config"]), state["weights"]
         with torch.device("meta"):                  # its sizes, before memory is taken for them
-            RenderDiffusion(config).load_state_dict(state["weights"], assign=True)
-        if not all(weight.abs().max() < 1e4 for weight in state["weights"].values()):
+            RenderDiffusion(config).load_state_dict(weights, assign=True)
+        if not all(weight.abs().max() < 1e4 for weight in weights.values()):
             raise ValueError("its weights are not finite, or beyond 10,000")
         model = RenderDiffusion(config)
-        model.load_state_dict(state["weights"])
+        model.load_state_dict(weights)
     except Exception as error:                      # torch.load alone raises a dozen kinds
         raise ValueError(f"{path} is no checkpoint that fits this program, or is damaged: "
-                         f"{first_line(error)}") from None
+                         f"{one_line(error)}") from None
     return model.to(device).eval().requires_grad_(False)
 
 
 def resume(path, model, ema, optimizer):
     """Fill these three from a training's checkpoint -> its step and seconds; ValueError, one
     sentence, for what cannot be gone on with."""
-    load_checkpoint(path)                           # says what is wrong with weights and config
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    saved, state = load_checkpoint(path), torch.load(path, map_location="cpu", weights_only=True)
     try:
-        if "optimizer" not in state:
-            raise ValueError("it holds weights alone; begin a training with them by --init")
         for field in dataclasses.fields(Config)[:14]:           # data, model, T and schedule
-            if (its := state["config"][field.name]) != getattr(model.config, field.name):
+            if (its := getattr(saved.config, field.name)) != getattr(model.config, field.name):
                 raise ValueError(f"it was trained with {field.name} = {its!r}")
+        ema.load_state_dict(saved.state_dict())
         model.load_state_dict(state["model"])
-        ema.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
-        if any(value.layout != torch.strided or value.shape not in ((), weight.shape)
-               for weight, kept in optimizer.state.items() for value in kept.values()):
-            raise ValueError("its optimizer's state does not fit its weights")
+        for weight, averages in optimizer.state.items():        # whose shapes torch does not check
+            [average.expand_as(weight) for average in averages.values()]
         step, seconds = int(state["step"]), float(state["seconds"])
         if progress_of(model.config, step, seconds) >= 1:
             raise ValueError(f"it has had its {step} steps, {seconds / 60:.1f} minutes: give more")
         return step, seconds
     except Exception as error:                      # torch raises half a dozen kinds
-        raise ValueError(f"{path} cannot be gone on with: {first_line(error)}") from None
+        raise ValueError(f"{path} cannot be gone on with (weights alone begin a training by "
+                         f"--init): {one_line(error)}") from None
 
 
 @torch.no_grad()
@@ -945,9 +931,8 @@ def grow(model, weights):
         if its != ours and not grows.get(name):
             raise ValueError(f"the weights have {name} = {its}, which cannot become {ours}")
     model.load_state_dict(weights.state_dict(), strict=False)
-    for side, stem in model.unet.stem.items():      # a skip new to a trained stage starts at zero
-        if side not in weights.unet.stem and side in weights.unet.up:
-            zero(stem)
+    for side in weights.unet.up.keys() & (model.unet.stem.keys() - weights.unet.stem.keys()):
+        zero(model.unet.stem[side])                 # a skip new to a trained stage
 
 
 def progress_of(config, step, seconds):
@@ -960,58 +945,53 @@ class Journal:
     the checkpoint, eight samples, what held-out views say, and a line of OUT/DATA.csv of it."""
 
     def __init__(self, path, model, ema, optimizer, step):
-        self.path, self.model, self.ema, self.optimizer = path, model, ema, optimizer
+        self.path, self.ema, self.training = path, ema, dict(model=model, optimizer=optimizer)
         self.losses, self.logged, self.saved = [], time.time(), time.time()
         self.views = test_views(ema.config, 32, 3, model.background.device)
         if step == 0:
-            self.save_checkpoint(0, 0.0)            # which --resume takes from the start on
+            self.save(0, 0.0)                       # which --resume takes from the start on
 
-    def save_checkpoint(self, step, seconds):
-        save_checkpoint(self.path, self.ema, dict(
-            model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), step=step,
-            seconds=seconds))
+    def save(self, step, seconds):
+        states = {name: part.state_dict() for name, part in self.training.items()}
+        save_checkpoint(self.path, self.ema, states | dict(step=step, seconds=seconds))
 
     def add(self, loss, step, seconds, world):
         """Take note of a step's loss, a tensor; FloatingPointError where it is not finite."""
         self.losses.append(loss)
-        passed, minutes = time.time() - self.logged, seconds / 60
-        done = progress_of(self.ema.config, step, seconds)
-        if passed < 5 and done < 1:
+        now, done = time.time(), progress_of(self.ema.config, step, seconds)
+        if now < self.logged + 5 and done < 1:
             return
-        values = torch.stack(self.losses).tolist()                             # waits for a GPU
-        if not np.isfinite(values).all():
+        mean, minutes = torch.stack(self.losses).mean().item(), seconds / 60   # waits for a GPU
+        if not math.isfinite(mean):
             raise FloatingPointError(f"the loss is not finite by step {step}: try a lower --lr; "
                                      f"what was saved before is in {self.path}")
-        speed, mean = len(values) * self.ema.config.batch * world / passed, float(np.mean(values))
+        speed = len(self.losses) * self.ema.config.batch * world / (now - self.logged)
         print(f"step {step}  loss {mean:.4f}  {speed:.0f} images/s  {minutes:.1f} min, "
               f"{max(0, minutes / done - minutes):.1f} left", flush=True)
-        if time.time() - self.saved > 120 or done >= 1:
-            self.save_checkpoint(step, seconds)
+        if now > self.saved + 120 or done >= 1:
+            self.save(step, seconds)
             try:
-                self.judge(step, minutes, mean)
+                self.judge(f"{step},{minutes:.2f},{mean:.5f}")
             except OSError as error:
-                print(f"warning: {first_line(error)}; training goes on", file=sys.stderr)
+                print(f"warning: {one_line(error)}; training goes on", file=sys.stderr)
             self.saved = time.time()
         self.losses, self.logged = [], time.time()
 
-    def judge(self, step, minutes, loss):
-        """Write OUT/DATA.png and a line of OUT/DATA.csv, and say what they show."""
-        row, config = ["", ""], self.ema.config
-        if self.views:
-            scores = evaluate(self.ema, self.views)
-            row = [f"{scores[key]['psnr']:.2f}" for key in ("input", "novel")]
-            print("  held-out PSNR: input view {} dB, novel views {} dB".format(*row), flush=True)
+    def judge(self, line):
+        """Say what held-out views and samples say; add to OUT/DATA.csv, and write OUT/DATA.png."""
+        scores = evaluate(self.ema, self.views) if self.views else {}
+        dB = [f"{scores[key]['psnr']:.2f}" if scores else "" for key in ("input", "novel")]
+        if scores:
+            print("  held-out PSNR: input view {} dB, novel views {} dB".format(*dB), flush=True)
         poses = turn_poses(self.ema, 0, 8)
-        images, planes = generate(self.ema, poses, min(10, config.timesteps))
+        images, planes = generate(self.ema, poses, min(10, self.ema.config.timesteps))
         filled = self.ema.render(planes, poses)[2].mean().item()
         if not 0.01 < filled < 0.99:
             print(f"  warning: all rays {'miss' if filled < 0.5 else 'end in'} the volume; if it "
                   "stays so, train anew with a lower --lr")
-        table = self.path.with_suffix(".csv")
-        heads = b"step,minutes,loss,input_psnr,novel_psnr\n"
-        before = table.read_bytes() if table.exists() else heads
-        line = ",".join([str(step), f"{minutes:.2f}", f"{loss:.5f}", *row]) + "\n"
-        write(table, lambda file: file.write(before + line.encode()))
+        with open(self.path.with_suffix(".csv"), "a") as table:
+            head = "" if table.tell() else "step,minutes,loss,input_psnr,novel_psnr\n"
+            table.write(f"{head}{line},{dB[0]},{dB[1]}\n")
         save_grid(self.path.with_suffix(".png"), {"samples": images})
 
 
@@ -1019,18 +999,13 @@ class Journal:
 
 def pick_device(name):
     """A torch device; auto is cuda, mps or cpu, the first that works. ValueError for others."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    names = [n for n in ("cuda", "mps", "cpu") if there.get(n, True)] if name == "auto" else [name]
-    for name in names:
+    for kind in ["cuda", "mps", "cpu"] if name == "auto" else [name]:
         try:                                        # older torch lacks this step on mps
-            planes = torch.ones(1, 1, 2, 2, device=name, requires_grad=True)
-            F.grid_sample(planes, planes.detach().expand(1, 2, 2, 2).permute(0, 2, 3, 1),
-                          align_corners=True).sum().backward()
-            return torch.device(name)               # without a number: "cuda" is this process's
+            planes = torch.ones(1, 1, 2, 2, device=kind, requires_grad=True)
+            F.grid_sample(planes, planes.new_zeros(1, 2, 2, 2), align_corners=True).sum().backward()
+            return torch.device(kind)               # without a number: "cuda" is this process's
         except Exception as error:                  # each kind of device has its own
-            said = f"device {name!r} cannot be used: {first_line(error)}"
-            if name != names[-1]:
-                print(said, file=sys.stderr)
+            said = f"device {name!r} cannot be used: {one_line(error)}"
     raise ValueError(said)
 
 
@@ -1045,9 +1020,9 @@ def bf16_is_fast(device):
 def compile_unet(model):
     """torch.compile the U-Net; ValueError where there is no compiler for it."""
     try:
-        torch.compile(torch.sin)(torch.zeros(4, device=model.background.device))
+        torch.compile(torch.sin)(model.background)
     except Exception as error:                      # of torch's compilers, each has its own
-        raise ValueError(f"--compile finds no working compiler: {first_line(error)}") from None
+        raise ValueError(f"--compile finds no working compiler: {one_line(error)}") from None
     model.unet.compile()
 
 
@@ -1059,15 +1034,14 @@ def training_path(config):
 def join_processes(device):
     """Join those that torchrun started -> this one's number and how many there are; ValueError for
     more processes than GPUs, or, torch's own, where the environment is incomplete."""
-    if (world := int(os.environ.get("WORLD_SIZE", 1))) == 1:
+    if "WORLD_SIZE" not in os.environ:
         return 0, 1
-    nccl = device.type == "cuda" and torch.distributed.is_nccl_available()     # Linux alone
     if device.type == "cuda":
-        if (local := int(os.environ.get("LOCAL_RANK", 0))) >= torch.cuda.device_count():
+        if (local := int(os.environ["LOCAL_RANK"])) >= torch.cuda.device_count():
             raise ValueError(f"there are {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
         torch.cuda.set_device(local)                # what "cuda" means from here on
-    torch.distributed.init_process_group("nccl" if nccl else "gloo")
-    return torch.distributed.get_rank(), world
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def shared_clock(seconds, world, device):
@@ -1085,23 +1059,20 @@ def to_bytes(images):
     return (to_unit(images) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def depth_colors(depth, near=None, far=None):
-    """Depth (B, S, S) as colours (B, 3, S, S) in [-1, 1]: near is bright, far is dark, NaN white.
-    near and far: None are the least and the most of all."""
-    from matplotlib import colormaps            # imported late: a kernel's MPLBACKEND may not exist
-    near = depth.nan_to_num(math.inf).min() if near is None else near
-    far = depth.nan_to_num(-math.inf).max() if far is None else far
-    unit = np.ma.masked_invalid(((depth - near) / (far - near + 1e-9)).cpu().numpy())
-    colors = colormaps["viridis_r"].with_extremes(bad="white")(unit)[..., :3]
-    return torch.tensor(colors).permute(0, 3, 1, 2).float() * 2 - 1
+def depth_colors(depth):
+    """Depth (B, S, S) as colours (B, 3, S, S) in [-1, 1]: near bright, far dark, NaN white."""
+    from matplotlib import colormaps, colors    # imported late: a kernel's MPLBACKEND may not exist
+    unit = colors.Normalize()(np.ma.masked_invalid(depth.cpu().numpy()))
+    rgb = colormaps["viridis_r"].with_extremes(bad="white")(unit)[..., :3]
+    return torch.tensor(rgb).permute(0, 3, 1, 2).float() * 2 - 1
 
 
 def show(model, planes, poses, angle=0):
     """What planes (B, ...) show from poses turned round the z axis by an angle, at twice the
     training's size or more, since they are continuous: images; and depth, NaN where rays are
     mostly not stopped."""
-    turn, (c, s) = torch.eye(4).to(poses), (f(math.radians(angle)) for f in (math.cos, math.sin))
-    turn[:2, :2] = torch.tensor([[c, -s], [s, c]])
+    c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    turn = torch.tensor([[c, -s, 0, 0], [s, c, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]).to(poses)
     side = max(128, 2 * model.config.resolution)
     images, depth, opacity = model.render(planes, turn @ poses, resolution=side)
     return images, torch.where(opacity > 0.5, depth, math.nan)
@@ -1116,42 +1087,37 @@ def views_around(model, planes, poses, angles=(40, 80, 160, 240)):
 def save_grid(path, rows):
     """Write a PNG: rows is a dict from a label to images (B, 3, S, S) or depth maps (B, S, S), a
     column a scene; a single scene is laid out as a row. Depth maps share one scale."""
-    from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
-    depths = [images[images.isfinite()] for images in rows.values() if images.dim() == 3]
-    depths = torch.cat(depths) if depths else torch.zeros(0)
-    near, far = (depths.min().item(), depths.max().item()) if len(depths) else (0.0, 1.0)
-    count, width = len(rows), len(next(iter(rows.values())))
-    shape = (count, width) if width > 1 else (1, count)
-    figure = Figure((1.3 * shape[1] + 1.6, 1.3 * shape[0] + 0.3), dpi=120, layout="constrained")
-    axes = figure.subplots(*shape, squeeze=False)
-    for line, (label, images) in zip(axes if width > 1 else axes.T, rows.items()):
+    depths = [images[images.isfinite()].cpu() for images in rows.values() if images.dim() == 3]
+    near, far = torch.cat(depths).aminmax() if any(map(len, depths)) else (0, 1)
+    count, B = len(rows), len(next(iter(rows.values())))
+    lines, columns = (count, B) if B > 1 else (1, count)
+    figure = Figure((1.3 * columns + 1.6, 1.3 * lines + 0.3), dpi=120, layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).reshape(count, B)
+    for line, (label, images) in zip(axes, rows.items()):
         is_depth = images.dim() == 3
-        for axis, image in zip(line, to_bytes(depth_colors(images, near, far)
-                                              if is_depth else images)):
-            axis.imshow(image)
+        for axis, image in zip(line, images.cpu().numpy() if is_depth else to_bytes(images)):
+            shown = axis.imshow(image, "viridis_r", vmin=near, vmax=far)       # RGB stays RGB
             axis.set(xticks=[], yticks=[], frame_on=False)
-        if width > 1:
+        if B > 1:
             line[0].set_ylabel(label, rotation=0, ha="right", va="center")
         else:
             line[0].set_title(label, fontsize=9)
         if is_depth:
-            scale = ScalarMappable(cmap="viridis_r")
-            scale.set_clim(near, far)
-            figure.colorbar(scale, ax=list(line), shrink=0.8)
+            figure.colorbar(shown, ax=list(line), shrink=0.8)
     write(path, lambda file: figure.savefig(file, format="png"))
 
 
 def save_turntable(path, model, planes, frames=20):
     """Write a GIF of all planes (B, ...) side by side, turning once round."""
-    pictures = []
-    for pose in progress(turn_poses(model, 0, frames), frames, "turntable"):
-        strip = np.concatenate(list(to_bytes(show(model, planes, pose)[0])), axis=1)
-        pictures.append(Image.fromarray(strip))
-    write(path, lambda file: pictures[0].save(file, format="GIF", save_all=True, loop=0,
-                                              duration=80, append_images=pictures[1:]))
+    strips = [np.concatenate(list(to_bytes(show(model, planes, pose)[0])), axis=1)
+              for pose in progress(turn_poses(model, 0, frames), frames, "turntable")]
+    first, *others = map(Image.fromarray, strips)
+    write(path, lambda file: first.save(file, format="GIF", save_all=True, loop=0, duration=80,
+                                        append_images=others))
 
 
+@torch.no_grad()
 def surface_points(model, planes, poses, resolution=64):
     """Where rays from poses (V, 4, 4) are mostly stopped by one scene's planes (1, 3, C, N, N):
     points, unit normals and colours in [0, 1], each (P, 3).
@@ -1159,9 +1125,8 @@ def surface_points(model, planes, poses, resolution=64):
     parts = []
     for pose in progress(poses.to(planes), len(poses), "surface"):
         origins, directions = camera_rays(pose[None], model.config.focal, resolution)
-        _, far = ray_interval(origins, directions)
-        with torch.no_grad():
-            _, depth, opacity = model.march(planes, origins, directions)
+        far = ray_interval(origins, directions)[1]
+        _, depth, opacity = model.march(planes, origins, directions)
         t = (depth - (1 - opacity) * far) / opacity.clamp(min=1e-3)     # of what is stopped
         points = (origins + t[..., None] * directions)[opacity > 0.5][None]    # (1, P, 3)
         with torch.inference_mode(False), torch.enable_grad():
@@ -1174,18 +1139,79 @@ def surface_points(model, planes, poses, resolution=64):
 
 def save_ply(path, points, normals, colors):
     """Write points, normals and colours in [0, 1], each (P, 3), as a binary .ply point cloud."""
-    header = "\n".join([
-        "ply", "format binary_little_endian 1.0", f"element vertex {len(points)}",
-        *(f"property float {name}" for name in ("x", "y", "z", "nx", "ny", "nz")),
-        *(f"property uchar {name}" for name in ("red", "green", "blue")), "end_header", ""])
-    floats = torch.cat([points, normals], dim=1).view(torch.uint8)             # (P, 24) bytes
-    rows = torch.cat([floats, (colors * 255).round().byte()], dim=1).cpu().numpy()
-    write(path, lambda file: file.write(header.encode() + rows.tobytes()))
+    kinds = [(name, "<f4") for name in ("x", "y", "z", "nx", "ny", "nz")] + [
+        (name, "u1") for name in ("red", "green", "blue")]
+    rows = torch.cat([points, normals, (colors * 255).round()], dim=1).cpu().numpy()
+    table = np.rec.fromarrays(rows.T, dtype=kinds)
+    header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(points)}\n" + "".join(
+        f"property {'uchar' if kind == 'u1' else 'float'} {name}\n" for name, kind in kinds)
+    write(path, lambda file: file.write(f"{header}end_header\n".encode() + table.tobytes()))
 
 
 # ---- Command line ------------------------------------------------------------------------------
 
-def finish(rows, model, planes, out, name, gif=True):
+def input_pictures(model, args, masks=None):
+    """A picture file with its camera, given or found, or scenes that training never saw -> lists of
+    images (B, 3, S, S) and of poses (B, 4, 4): of the input, and of the scenes' other views."""
+    config, device, camera = model.config, model.background.device, (args.azimuth, args.elevation)
+    if camera != (None, None) and None in (*camera, args.image):
+        raise ValueError("a camera is --azimuth and --elevation of an --image: give all three")
+    if args.image is None:
+        views = load(config.data, args.count, 5, config.resolution, "test", args.seed, device)
+        return views.images.unbind(1), views.poses.unbind(1)
+    images = read_image(args.image, config.resolution, config.background, args.fit)[None].to(device)
+    if args.azimuth is not None:
+        return [images], [orbit(*camera, config.radius)[None].to(device)]
+    poses = find_poses(model, images, masks)
+    x, y, z = poses[0, :3, 3].tolist()
+    angles = math.degrees(math.atan2(y, x)), math.degrees(math.atan2(z, math.hypot(x, y)))
+    print("camera found at azimuth {:.0f}, elevation {:.0f} degrees".format(*angles))
+    return [images], [poses]
+
+
+def run_generate(model, args):
+    """New scenes, each seen from four more sides."""
+    poses = turn_poses(model, 0, args.count)
+    _, planes = generate(model, poses, args.steps or 20, args.eta, args.seed)
+    return {"generated": show(model, planes, poses)[0]} | views_around(model, planes, poses), planes
+
+
+def run_reconstruct(model, args):
+    """3D from one picture, seen from its own camera and from others, beside the truth if known."""
+    images, poses = input_pictures(model, args)
+    found = {f", t_r = {t_r}" * (len(args.t_r) > 1):
+             reconstruct(model, images[0], poses[0], t_r, args.steps, args.seed)
+             for t_r in args.t_r}
+    rows = {}
+    for v, (truth, pose) in enumerate(zip(images[:3], poses)):
+        rows[f"side {v}, truth" if v else "input"] = truth
+        for mark, planes in found.items():
+            rows[(f"side {v}" if v else "reconstructed") + mark] = show(model, planes, pose)[0]
+    angles = () if images[1:] else (40, 80, 160, 240)
+    return rows | views_around(model, planes, poses[0], angles), planes
+
+
+def run_inpaint(model, args):
+    """Fill the masked part of a picture, and look at the result from other sides."""
+    S = model.config.resolution
+    masks = torch.ones(1, 1, S, S, device=model.background.device)
+    if args.mask is None:
+        masks[..., :S * 9 // 16, :] = 0         # the upper half, of most objects too
+    else:
+        size = args.image and open_picture(args.image).size
+        masks[:] = read_mask(args.mask, S, size, args.fit)
+    (images, *_), (poses, *_) = input_pictures(model, args, masks)
+    masks = masks.expand(len(images), -1, -1, -1)
+    rows = {"input": images, "hidden in part": images * masks - 0.5 * (1 - masks)}
+    for k in range(args.fillings):
+        filled, planes = inpaint(model, images, masks, poses, args.steps or 20, seed=args.seed + k)
+        mark = f"filling {k + 1}" if args.fillings > 1 else "filled"
+        rows |= {mark: filled} | {f"{mark}, turned by {a}°": show(model, planes, poses, a)[0]
+                                  for a in (40, 160)}
+    return rows, planes
+
+
+def finish(model, out, name, rows, planes, gif=True):
     """Write OUT/NAME.png from rows and, if `gif`, OUT/NAME.gif from planes; name them."""
     path = Path(out) / f"{name}.png"
     save_grid(path, rows)
@@ -1194,90 +1220,12 @@ def finish(rows, model, planes, out, name, gif=True):
     print(f"wrote {path}" + f" and {path.with_suffix('.gif')}" * gif)
 
 
-def input_pictures(model, args, hide=lambda images: None):
-    """The picture file and its camera, given or found, or scenes that training never saw -> images
-    (B, 3, S, S), poses (B, 4, 4), the other cameras and what they see, and the masks hide(images)
-    if any."""
-    config, device = model.config, model.background.device
-    camera = args.azimuth, args.elevation
-    if args.image is None:
-        if camera != (None, None):
-            raise ValueError("--azimuth and --elevation are those of a picture: give --image, too")
-        views = load(config.data, args.count, 5, config.resolution, "test", args.seed, device)
-        (images, *truths), (poses, *others) = views.images.unbind(1), views.poses.unbind(1)
-        return images, poses, others, truths, hide(images)
-    if None in camera and camera != (None, None):
-        raise ValueError("a camera needs both --azimuth and --elevation, or leave both away")
-    images = read_image(args.image, config.resolution, config.background, args.fit)[None].to(device)
-    masks = hide(images)
-    if None not in camera:
-        return images, orbit(*camera, config.radius)[None].to(device), [], [], masks
-    poses = find_poses(model, images, masks)
-    x, y, z = poses[0, :3, 3].tolist()
-    print(f"camera found at azimuth {math.degrees(math.atan2(y, x)):.0f}, elevation "
-          f"{math.degrees(math.asin(z / config.radius)):.0f} degrees")
-    return images, poses, [], [], masks
-
-
-def run_generate(model, args, name="generate"):
-    """New scenes, each seen from four more sides."""
-    poses = turn_poses(model, 0, args.count)
-    _, planes = generate(model, poses, args.steps, args.eta, args.seed)
-    finish({"generated": show(model, planes, poses)[0]} | views_around(model, planes, poses),
-           model, planes, args.out, name)
-
-
-def run_reconstruct(model, args, name="reconstruct", gif=True):
-    """3D from one picture, seen from its own camera and from others, beside the truth if known."""
-    def mark(t_r):
-        return f", t_r = {t_r}" * (len(args.t_r) > 1)
-
-    images, poses, others, truths, _ = input_pictures(model, args)
-    found = {t_r: reconstruct(model, images, poses, t_r, args.steps, args.seed)
-             for t_r in args.t_r}
-    rows = {"input": images} | {f"reconstructed{mark(t_r)}": show(model, planes, poses)[0]
-                                for t_r, planes in found.items()}
-    for v, (other, truth) in enumerate(zip(others[:2], truths), 1):
-        rows |= {f"side {v}, truth": truth} | {
-            f"side {v}{mark(t_r)}": show(model, planes, other)[0] for t_r, planes in found.items()}
-    for t_r, planes in found.items() if args.image is None else ():     # of a photograph PSNR has
-        dB = [psnr(to_unit(model.render(planes, pose)[0]), to_unit(truth)).mean()   # no scale
-              for pose, truth in zip([poses, *others], [images, *truths])]
-        novel = f", {sum(dB[1:]) / len(others):.2f} dB novel views" if others else ""
-        print(f"t_r = {t_r}: PSNR {dB[0]:.2f} dB input view{novel}")
-    planes = found[args.t_r[-1]]
-    around = views_around(model, planes, poses, () if truths else (40, 80, 160, 240))
-    finish(rows | around, model, planes, args.out, name, gif)
-
-
-def run_inpaint(model, args, name="inpaint", gif=True):
-    """Fill the masked part of a picture, and look at the result from other sides."""
-    def hide(images):
-        masks, S = torch.ones_like(images[:, :1]), images.shape[-1]
-        if args.mask is None:
-            masks[..., :S * 9 // 16, :] = 0     # the upper half, of most objects too
-        else:
-            size = args.image and open_picture(args.image).size
-            masks[:] = read_mask(args.mask, S, size, args.fit)
-        return masks
-
-    images, poses, _, _, masks = input_pictures(model, args, hide)
-    rows = {"input": images, "hidden in part": images * masks - 0.5 * (1 - masks)}
-    for k in range(args.fillings):
-        filled, planes = inpaint(model, images, masks, poses, args.steps, seed=args.seed + k)
-        mark = f"filling {k + 1}" if args.fillings > 1 else "filled"
-        rows |= {mark: filled} | {f"{mark}, turned by {a}°": show(model, planes, poses, a)[0]
-                                  for a in (40, 160)}
-    finish(rows, model, planes, args.out, name, gif)
-
-
 def run_demo(model, args):
     """All from the shipped weights: generation, reconstruction, one hole filled in two ways."""
-    args = argparse.Namespace(**vars(args), image=None, azimuth=None, elevation=None, mask=None,
-                              count=4, steps=20, eta=0.0, t_r=[0], fillings=2)
-    run_generate(model, args, "demo_generate")
-    run_reconstruct(model, args, "demo_reconstruct", gif=False)
-    run_inpaint(model, args, "demo_inpaint", gif=False)
+    finish(model, args.out, "demo_generate", *run_generate(model, args))
+    finish(model, args.out, "demo_reconstruct", *run_reconstruct(model, args), gif=False)
+    twice = dataclasses.replace(args, fillings=2)
+    finish(model, args.out, "demo_inpaint", *run_inpaint(model, twice), gif=False)
 
 
 def run_export(model, args):
@@ -1288,8 +1236,8 @@ def run_export(model, args):
     else:
         image = read_image(args.image, config.resolution, config.background, args.fit)
         planes = reconstruct(model, image[None].to(model.background.device))
-    azimuths = torch.arange(0, 360, 30.0, device=model.background.device)
-    poses = torch.cat([orbit(azimuths, e, config.radius) for e in (-20.0, 20.0, 60.0)])
+    poses = torch.cat([orbit(torch.arange(0, 360, 30.0), elevation, config.radius)
+                       for elevation in (-20.0, 20.0, 60.0)])
     for i in range(len(planes)):
         path = Path(args.out) / f"export_{i + 1}.ply"
         save_ply(path, *surface_points(model, planes[i:i + 1], poses))
@@ -1307,115 +1255,101 @@ def run_evaluate(model, args):
             for key, score in scores.items()))
 
 
-def run_train(args):
+def run_train(typed):
     """Train a model from single posed pictures."""
-    fields = [field.name for field in dataclasses.fields(Config)]
-    typed, start = {name: value for name, value in vars(args).items() if name in fields}, {}
-    if typed.get("init"):               # what is not typed is the weights' own
-        if typed.get("resume"):
-            raise ValueError("--init begins a training and --resume goes on with one: give one")
-        weights = dataclasses.asdict(load_checkpoint(typed["init"]).config)
-        taken = ["data", *fields[fields.index("resolution"):fields.index("batch")]]
-        start = {name: weights[name] for name in taken}
-    elif typed.get("resume"):           # or the checkpoint's, but for where it is
-        start = dataclasses.asdict(load_checkpoint(training_path(Config(**typed))).config)
-        start |= dict(out=Config.out, device=Config.device)
-        start |= dict(minutes=0.0) if "steps" in typed else {}
-    train(Config(**start | typed))
+    init, start, ours = typed.get("init"), {}, ["out", "device", "resume"]
+    if init and typed.get("resume"):
+        raise ValueError("--init begins a training and --resume goes on with one: give one")
+    if init or typed.get("resume"):     # what is not typed is the checkpoint's own, but for `ours`
+        start = vars(load_checkpoint(init or training_path(Config(**typed))).config)
+        ours += ["minutes"] * ("steps" in typed)
+    if init:
+        ours += "scenes views batch rays steps minutes lr seed compile".split()
+    train(Config(**{name: value for name, value in start.items() if name not in ours} | typed))
 
 
-def number(kind, least, most=1e6):
-    """A type for argparse: an int or float from `least` to `most`, and not NaN."""
-    def parse_number(text):
-        if not least <= (value := kind(text)) <= most:
-            raise argparse.ArgumentTypeError(f"must be from {least:g} to {most:g}, not {text}")
-        return value
+@dataclasses.dataclass
+class Options:
+    """The options of all commands but `train`; those of `train` are the fields of `Config`."""
+    checkpoint: str = option("cars", "a file, or a name in checkpoints/")
+    out: str = option("out", "folder for what is written")
+    seed: int = option(0, "of noise and scenes")
+    device: str = option("auto", "cuda, mps or cpu; auto: the first that works")
+    # a GIF is at most 65,535 pixels wide, and a scene in it up to 512
+    count: int = option(4, "how many scenes (without --image)", 1, 127)
+    steps: int = option(None, "noise levels on the way down; else 20, or what suits t_r", 1)
+    eta: float = option(0.0, "1: fresh noise at each step; 0: none", 0, 1)
+    image: str = option(None, "picture file; else scenes that training never saw")
+    fit: str = option("crop", "how a picture is made square: crop or pad", among=("crop", "pad"))
+    azimuth: float = option(None, "of its camera in degrees; else found", -360, 360)
+    elevation: float = option(None, "of its camera in degrees; else found", -90, 90)
+    t_r: tuple = option((0,), "noise levels to reconstruct from, 0 to T")
+    mask: str = option(None, "mask file, white = keep; else the upper half is filled")
+    fillings: int = option(1, "in how many ways", 1, 100)
+    data: str = option(None, "a built-in set, a name in subsets/ or a path; else the model's own")
+    scenes: int = option(64, "held-out scenes", 1)
+    views: int = option(5, "of a scene: the input and novel ones", 2)
+    json: bool = option(False, "print one JSON object")
 
-    parse_number.__name__ = kind.__name__       # what argparse calls it
-    return parse_number
 
-
-OPTIONS = {     # of the commands but `train`, whose options are the fields of `Config`
-    "checkpoint": dict(default="cars", help="a file, or a name in checkpoints/"),
-    "out": dict(default="out", help="folder for what is written"),
-    "seed": dict(type=number(int, 0, 1e9), default=0, help="of noise and scenes"),
-    "device": dict(default="auto", help="cuda, mps or cpu; auto: the first that works"),
-    "count": dict(type=number(int, 1), default=4, help="how many scenes (without --image)"),
-    "steps": dict(type=number(int, 1), default=20, help="noise levels on the way down"),
-    "eta": dict(type=number(float, 0, 1), default=0.0, help="1: fresh noise at each step; 0: none"),
-    "image": dict(help="picture file; else scenes that training never saw"),
-    "fit": dict(choices=("crop", "pad"), default="crop", help="how the picture is made square"),
-    "azimuth": dict(type=number(float, -360, 360), help="of its camera in degrees; else found"),
-    "elevation": dict(type=number(float, -90, 90), help="of its camera in degrees; else found"),
-    "t-r": dict(type=int, nargs="+", default=[0], help="noise levels to reconstruct from, 0 to T"),
-    "mask": dict(help="mask file, white = keep; else the upper half is filled"),
-    "fillings": dict(type=number(int, 1, 100), default=1, help="in how many ways"),
-    "data": dict(help="a built-in set, a name in subsets/ or a path; else the model's own"),
-    "scenes": dict(type=number(int, 1), default=64, help="held-out scenes"),
-    "views": dict(type=number(int, 2), default=5, help="of a scene: the input and novel ones"),
-    "json": dict(action="store_true", help="print one JSON object")}
-COMMANDS = {run_demo: "", run_train: "", run_generate: "count steps eta",
-            run_reconstruct: "count steps image fit azimuth elevation t-r",
-            run_inpaint: "count steps image fit azimuth elevation mask fillings",
-            run_evaluate: "data scenes views t-r json",
-            run_export: "count image fit"}
+COMMON = "checkpoint out seed device "
+COMMANDS = {        # what runs them, and what they take; `train`: all fields of `Config`
+    "demo": (run_demo, COMMON),
+    "train": (run_train, ""),
+    "generate": (run_generate, COMMON + "count steps eta"),
+    "reconstruct": (run_reconstruct, COMMON + "count steps image fit azimuth elevation t_r"),
+    "inpaint": (run_inpaint, COMMON + "count steps image fit azimuth elevation mask fillings"),
+    "evaluate": (run_evaluate, COMMON + "data scenes views t_r json"),
+    "export": (run_export, COMMON + "count image fit")}
 GROUPS = {"data": "data", "plane_size": "model", "timesteps": "diffusion", "batch": "training"}
 
 
 def parse(argv):
-    """The command line as a namespace with `run`, its function; exits with 2, saying why."""
+    """The command's name, and a dict of what is typed after it; exits with 2, saying why."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for run, names in COMMANDS.items():
-        sub = commands.add_parser(run.__name__.removeprefix("run_"), help=run.__doc__,
-                                  description=run.__doc__,
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        sub.set_defaults(run=run, parser=sub)
-        for name in ("checkpoint out seed device " + names).split() if run != run_train else ():
-            sub.add_argument(f"--{name}", **OPTIONS[name])
-        if run == run_reconstruct:
-            sub.set_defaults(steps=None)            # by its t_r
-        for field in dataclasses.fields(Config) if run == run_train else ():
-            if field.name in GROUPS:
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for command, (run, names) in COMMANDS.items():
+        group = sub = commands.add_parser(command, help=run.__doc__, description=run.__doc__)
+        for field in dataclasses.fields(Options if names else Config):
+            if not names and field.name in GROUPS:
                 group = sub.add_argument_group(GROUPS[field.name])
-            if field.metadata:
-                how = (dict(action="store_true") if field.type is bool else
-                       dict(type=field.type, metavar=field.type.__name__.upper()))
-                text = f"{field.metadata['text']} (default: {field.default})".replace("%", "%%")
-                group.add_argument("--" + field.name.replace("_", "-"), help=text, **how,
-                                   default=argparse.SUPPRESS)
+            if field.metadata and (not names or field.name in names.split()):
+                how = {bool: dict(action="store_true"), tuple: dict(type=int, nargs="+")}.get(
+                    field.type, dict(type=field.type))
+                text = f"{field.metadata['text']} (default: {field.default})"
+                group.add_argument("--" + field.name.replace("_", "-"), help=text,
+                                   default=argparse.SUPPRESS, **how)
     args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    return args
+    if unknown:                         # said with the command's own usage
+        commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+    typed = vars(args)
+    return typed.pop("command"), typed
 
 
 def main(argv=None):
     """Run one command; what the user can mend is said in one sentence, with exit code 2."""
-    for stream in (sys.stdout, sys.stderr):         # names beyond a code page end no training
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    args = parse(argv)
+    command, typed = parse(argv)
     try:
-        if args.run is run_train:
-            return run_train(args)
+        if command == "train":
+            return run_train(typed)
+        args = Options(**typed)
+        check_config(args)
         writable(args.out)
         model = load_checkpoint(args.checkpoint, pick_device(args.device))
-        if getattr(args, "count", 1) * max(128, 2 * model.config.resolution) > 65535:
-            raise ValueError(f"--count {args.count} makes a GIF wider than 65,535 pixels: lower it")
-        return args.run(model, args)
-    except (ValueError, OSError, FloatingPointError) as error:
-        said = first_line(error)
-    except KeyboardInterrupt:
-        said = "stopped; a training goes on from its last save by --resume"
-    except RuntimeError as error:                   # of the CPU, and torch's own of a GPU
-        if "memory" not in str(error):
-            raise
-        said = f"out of memory: lower --batch, --rays or --count ({first_line(error)})"
-    print(f"error: {said}", file=sys.stderr)
-    sys.exit(2)
+        if made := COMMANDS[command][0](model, args):           # rows of pictures, and planes
+            finish(model, args.out, command, *made)
+    except (ValueError, OSError, FloatingPointError, KeyboardInterrupt, RuntimeError) as error:
+        said = one_line(error) or "stopped; a training goes on from its last save by --resume"
+        if isinstance(error, RuntimeError):         # of the CPU, and torch's own of a GPU
+            if "memory" not in said:
+                raise
+            said = f"out of memory: lower --batch, --rays or --count ({said})"
+        print(f"error: {said}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):         # names beyond a code page end no training
+        stream.reconfigure(errors="replace")
     main()
