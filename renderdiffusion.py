@@ -859,11 +859,9 @@ def save_checkpoint(path, model, training=None):
     if not all(weight.abs().max() < 1e4 for weight in weights.values()):       # NaN, too
         raise FloatingPointError("the weights are not finite or beyond 10,000: try a lower --lr")
     if training is None:
-        weights = {name: weight.half() for name, weight in weights.items()}
+        weights = {name: weight.half().cpu() for name, weight in weights.items()}  # for any machine
         config = dataclasses.replace(config, device="auto", out="out", resume=False, init="")
     state = dict(training or {}, version=VERSION, config=vars(config), weights=weights)
-    # on the CPU, for a plain torch.load where there is no such GPU
-    state = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.cpu, state)
     write(path, lambda file: torch.save(state, file))
 
 
