@@ -177,15 +177,19 @@ def told_apart(images, others, steps=300):
 
 @torch.no_grad()
 def solidness(model, planes, poses, ground):
-    """Mean opacity where the object is (B,): of what is above the ground, so without shadows, each
-    pixel weighing as much as it is opaque. 1 is solid, a ghost has less, nothing at all has 0."""
+    """Mean opacity where the object is (B,): of what is above the ground, so without shadows, where
+    it differs from the background at least half as much as where it differs most. So neither soft
+    edges nor a haze that cannot be seen count. 1 is solid, a ghost has less, nothing at all has 0.
+    """
     def above(mlp, inputs, outputs):
         return outputs[0] * (inputs[0][..., 2] > ground + 0.03), outputs[1]
     hook = model.mlp.register_forward_hook(above)
-    opacity = model.render(planes, poses)[2].flatten(1)                        # (B, R)
+    rgb, _, opacity = model.render(planes, poses)
     hook.remove()
-    least = 0.002 * opacity.shape[1]            # fewer pixels than these are no object
-    return opacity.square().sum(1) / opacity.sum(1).clamp(min=least)
+    contrast = (rgb - (model.background * 2 - 1).view(3, 1, 1)).abs().amax(1)  # (B, S, S)
+    here = contrast > contrast.amax((1, 2), keepdim=True) / 2
+    least = 0.002 * here[0].numel()             # fewer pixels than these are no object
+    return (opacity * here).sum((1, 2)) / here.sum((1, 2)).clamp(min=least)
 
 
 # ---- Judging -----------------------------------------------------------------------------------

@@ -235,23 +235,25 @@ def test_frechet_and_coverage_agree_with_closed_forms():
 
 
 def test_ghosts_are_told_from_solid_objects_and_shadows_do_not_count():
-    """Balls of known density over a ground of black fog, and nothing but that ground."""
+    """Balls of known density in a faint haze over a ground of black fog, and that ground alone."""
     model, density = small_model(resolution=32, samples=32, fine_samples=32), 0.0
 
     class World(torch.nn.Module):
         def forward(self, points, features):
             inside = points.norm(dim=-1) < 0.4
             fog = (points[..., 2] < -0.44) & (points[..., 2] > -0.46)
-            return density * inside + 1e3 * fog, torch.zeros_like(points)
+            haze = 0.02 * (density > 0)
+            return density * inside + 1e3 * fog + haze, torch.zeros_like(points)
     model.mlp, found = World(), {}
     planes, poses = torch.zeros(1, 3, 4, 16, 16), orbit(0.0, 30.0, 2.7)[None]
     for density in (0.5, 1e3, 0.0):
         found[density], = judge.solidness(model, planes, poses, -0.45).tolist()
     assert model.render(planes, poses)[2].max() > 0.99          # afterwards the fog is there again
-    # a chord of the ball seen from afar: opacity 1 - exp(-d c), c = 2 sqrt(0.16 - r^2)
+    # a chord of the ball seen from afar, in which c = 2 sqrt(0.16 - r^2): opacity 1 - exp(-d c)
     r = torch.linspace(0, 0.4, 4001)
     opacity = 1 - torch.exp(-0.5 * 2 * (0.16 - r * r).clamp(min=0).sqrt())
-    ghost = ((r * opacity ** 2).sum() / (r * opacity).sum()).item()
+    here = r * (opacity > opacity.max() / 2)
+    ghost = ((here * opacity).sum() / here.sum()).item()
     assert found[0.0] == 0 and found[1e3] > 0.97 and found[0.5] == pytest.approx(ghost, abs=0.02)
 
 
