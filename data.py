@@ -164,10 +164,8 @@ def intersect(kind, o, d):
 
 
 def trace_chunk(scenes, scene, poses, focal, side, shaded):
-    """Traces side x side rays an image, for images (B,) of the scenes numbered `scene` (B,).
-
-    Returns colours (3, B, side, side) in [-1, 1] where `shaded`, else the depth (B, side, side).
-    """
+    """Traces side x side rays an image, for images (B,) of the scenes numbered `scene` (B,) ->
+    colours (3, B, side, side) in [-1, 1] where `shaded`, else the depth (B, side, side)."""
     image, slot = (scenes.kind[scene] != EMPTY).nonzero(as_tuple=True)            # (M,) primitives
     kind, to_world, tint, shine = (field[scene[image], slot] for field in (
         scenes.kind, scenes.to_world, scenes.color, scenes.shine))
@@ -205,11 +203,11 @@ def trace_chunk(scenes, scene, poses, focal, side, shaded):
     depth = (scenes.ground - center[2]) / direction[2]                            # (B*R,)
     depth = torch.where(depth > 0, depth, math.inf)
     owner = torch.full_like(depth, -1, dtype=torch.long)            # which primitive a ray hits
-    found = []
+    hits = []
     for one, ray, near, far in crossings(corners, center, direction, owner):
         hit = ((near < far) & (near > 0) & (near < take(depth, ray))).nonzero()[:, 0]
-        found.append((near[hit], one[hit], ray[hit]))
-    near, one, ray = (torch.cat(column) for column in zip(*found))
+        hits.append((near[hit], one[hit], ray[hit]))
+    near, one, ray = (torch.cat(column) for column in zip(*hits))
     depth = depth.scatter_reduce(0, ray, near, "amin")
     first = near == take(depth, ray)
     owner = owner.scatter_reduce(0, ray[first], one[first], "amax")         # settles ties
@@ -278,17 +276,16 @@ def named(item):
         with np.errstate(all="ignore"):                     # what is not finite is refused in words
             yield
     except Exception as error:                              # PIL alone raises a dozen kinds
-        if any(text in str(error) for text in (str(item), "is not as expected")):    # has a name
+        has_name = isinstance(error, OSError) and str(item) in str(error)
+        if has_name or "is not as expected" in str(error):
             raise
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}, "
         raise ValueError(f"{item} is not as expected: {kind}{error}") from None
 
 
 def open_picture(path, turn=True):
-    """The picture in a file as a PIL image, RGBA; ValueError or OSError if there is none.
-
-    turn: as its EXIF says; pictures with poses are read as they are stored, as COLMAP does.
-    """
+    """The picture in a file as a PIL image, RGBA; ValueError or OSError if there is none. turn: as
+    its EXIF says; pictures with poses are read as they are stored, as COLMAP does."""
     if not Path(path).is_file():                    # a pipe would be waited for
         raise FileNotFoundError(f"there is no picture {path}")
     with named(path):
@@ -296,6 +293,8 @@ def open_picture(path, turn=True):
         image = ImageOps.exif_transpose(image) if turn else image
         if image.mode[0] in "IF":       # 16 bits, or floats from 0 to 1: PIL would cut them off
             values = np.asarray(image)
+            if not np.isfinite(values).all():
+                raise ValueError("it has values that are not finite")
             scale = 1 / 257 if image.mode[0] == "I" else 255 if values.max() <= 1 else 1
             opaque = np.where(values != image.info.get("transparency"), 255, 0)
             grey = np.rint(values * scale).clip(0, 255)
@@ -317,11 +316,9 @@ def square(image, side, fit, background=(1.0, 1.0, 1.0), method=Image.Resampling
 
 
 def read_image(path, resolution, background=(1.0, 1.0, 1.0), fit="crop"):
-    """A picture file of any size -> (3, S, S) in [-1, 1].
-
-    Alpha is composited on `background` (RGB in [-1, 1]); the picture is cropped to its middle
-    square, or padded to a square with fit="pad", and resized with anti-aliasing.
-    """
+    """A picture file of any size -> (3, S, S) in [-1, 1]: cropped to its middle square, or padded
+    to a square with fit="pad", resized with anti-aliasing, and its alpha composited on `background`
+    (RGB in [-1, 1])."""
     return square(open_picture(path), resolution, fit, background).float() / 127.5 - 1
 
 
@@ -353,8 +350,8 @@ def visible(path, *patterns):
     with a dot are nobody's."""
     if path.is_file():
         return [path] if any(map(path.match, patterns)) else []
-    return sorted(found for pattern in patterns for found in path.glob(pattern) if not any(
-        part.startswith((".", "__MACOSX")) for part in found.relative_to(path).parts))
+    return sorted(file for pattern in patterns for file in path.glob(pattern) if not any(
+        part.startswith((".", "__MACOSX")) for part in file.relative_to(path).parts))
 
 
 def find(path, loader, split):
@@ -366,9 +363,9 @@ def find(path, loader, split):
     """
     path, marks, parts = Path(path), FORMATS[loader][1:], defaultdict(dict)
     split_of = re.compile(r"(?:.*_)?(train|val|test)(?:(?:_scenes)?\.json|\.lst|\.npz)?").fullmatch
-    found = visible(path, *marks) or visible(
+    files = visible(path, *marks) or visible(
         path, *("*/" * down + mark for down in (1, 2, 3) for mark in marks))
-    for file in found:
+    for file in files:
         # a scene's own folder may have any name; of CLEVR-567 a folder has many scenes
         folders = file.relative_to(path).parts[:-1 if loader == load_clevr567 else -2]
         names = [name[1] for name in map(split_of, (file.name, *folders)) if name]
@@ -463,18 +460,18 @@ def read_shot(shot, half, scale, resolution, background):
     return np.vstack([np.c_[R, center], [0, 0, 0, 1]]), np.moveaxis(np.array(image), 2, 0)
 
 
-def read_views(path, found, split, shots_of, scale, background=(1.0, 1.0, 1.0), scenes=None,
+def read_views(path, all_scenes, split, shots_of, scale, background=(1.0, 1.0, 1.0), scenes=None,
                views=None, resolution=64, seed=0, device="cpu"):
-    """`Views` of the first scenes of the list `found`; shots_of(scene) lists the `Shot`s of one.
+    """`Views` of the first of `all_scenes`; shots_of(scene) lists the `Shot`s of one.
 
     split: what is held back, as `find` has it. scale: world units a cube unit. Some views of many
     are evenly spread, from a start that differs by scene: NMR's scenes share their cameras, and one
     view of each would show one side of all. The crop is the largest that all pictures have room
     for: a set has one focal. A line on stderr where z is not up, or cameras look away.
     """
-    chosen, held_out = hold_back(path, found, split)
+    chosen, held_out = hold_back(path, all_scenes, split)
     shots = parallel(shots_of, chosen[:scenes], "scenes")
-    if len(found) == 1:
+    if len(all_scenes) == 1:
         shots[0], held_out = hold_back(path, shots[0], split, "pictures")
     counts = [len(some) for some in shots]
     if not min(counts):
@@ -545,22 +542,20 @@ def load_nmr(path, split=None, **how):
     files, split = find(path, load_nmr, split)
     listed = [file.parent / name for file in files if file.suffix == ".lst"
               for name in file.read_text("utf-8-sig").split()]
-    found = [scene for scene in listed or [file.parent for file in files] if scene.is_dir()]
-    return read_views(path, found, split, shots_of, SHAPENET_SCALE, **how)
+    folders = [scene for scene in listed or [file.parent for file in files] if scene.is_dir()]
+    return read_views(path, folders, split, shots_of, SHAPENET_SCALE, **how)
 
 
 def load_clevr567(path, split=None, **how):
-    """`Views` of CLEVR-567 [Yu et al. 2022], a flat folder of `*sc%04d*.png` and `*_RT.txt`.
-
-    Its square pictures are squeezed from 4:3; the middle square of what they were is read.
-    """
+    """`Views` of CLEVR-567 [Yu et al. 2022], a flat folder of `*sc%04d*.png` and `*_RT.txt`. Its
+    square pictures are squeezed from 4:3; the middle square of what they were is read."""
     files, split = find(path, load_clevr567, split)
-    found, lens = defaultdict(list), (350 / 320, 350 / 240, 0.5, 0.5, 1, 1)
+    shots, lens = defaultdict(list), (350 / 320, 350 / 240, 0.5, 0.5, 1, 1)
     for pose in files:                                          # other pictures are masks
         picture = pose.with_name(pose.name.replace("_RT.txt", ".png"))
         scene = pose.parent / re.sub(r".*(sc\d+).*", r"\1", pose.name)
-        found[scene].append(Shot(picture, pose, lens))
-    return read_views(path, list(found.values()), split, list, CLEVR_SCALE, **how)
+        shots[scene].append(Shot(picture, pose, lens))
+    return read_views(path, list(shots.values()), split, list, CLEVR_SCALE, **how)
 
 
 def load_folder(path, split=None, scale=None, **how):
@@ -595,9 +590,9 @@ def load_folder(path, split=None, scale=None, **how):
 
     @cache
     def shots_of(file):
-        about = json.loads(file.read_text("utf-8-sig"))
-        frames = [{key: value for key, value in (*about.items(), *frame.items())
-                   if value is not None} for frame in about["frames"]]
+        capture = json.loads(file.read_text("utf-8-sig"))
+        frames = [{key: value for key, value in (*capture.items(), *frame.items())
+                   if value is not None} for frame in capture["frames"]]
         pictures = [locate(file, frame["file_path"]) for frame in frames]
         if missing := [picture for picture in pictures if not picture.is_file()]:
             print(f"{file}: {len(missing)} of {len(frames)} pictures are missing, such as "
@@ -632,16 +627,19 @@ def load_npz(path, split=None, resolution=64, **how):
         color = np.zeros(3, np.uint8) if tiny else arrays["background"]
         if tiny and images.dtype.kind == "f" and images.min() >= 0 and images.max() <= 1:
             images, poses = np.uint8(np.rint(images * 255))[None], poses[None] * FLIP
-        if not images.dtype == color.dtype == np.uint8:
-            raise ValueError("images have to be uint8, or one scene's in [0, 1]; background uint8")
+        shapes = (3,), (3,), (*images.shape[:2], 4, 4)
+        if not (images.dtype == color.dtype == np.uint8 and images.size
+                and (images.shape[4:], color.shape, poses.shape) == shapes):
+            raise ValueError("images have to be uint8 (N, V, S, S, 3), or one scene's in [0, 1]; "
+                             "poses (N, V, 4, 4), background uint8 (3,)")
         N, V, H, W, _ = images.shape
         if resolution > min(H, W):
             raise ValueError(f"its pictures are smaller than {resolution} x {resolution}")
         fx = focal if tiny else focal * W
-        found = [[Shot(f"{file}: images[{i}, {v}]", poses[i, v], (fx, fx, W / 2, H / 2, W, H),
+        shots = [[Shot(f"{file}: images[{i}, {v}]", poses[i, v], (fx, fx, W / 2, H / 2, W, H),
                        image=images[i, v]) for v in range(V)] for i in range(N)]
-        scale = cube_scale(found[0]) if tiny else 1.0
-    return read_views(path, found, split, list, scale, tuple((color / 127.5 - 1).tolist()),
+        scale = cube_scale(shots[0]) if tiny else 1.0
+    return read_views(path, shots, split, list, scale, tuple((color / 127.5 - 1).tolist()),
                       resolution=resolution, **how)
 
 
@@ -708,6 +706,8 @@ def load(spec, scenes=None, views=None, resolution=64, split=None, seed=0, devic
     """
     if split not in (None, "train", "test"):
         raise ValueError(f"split must be train or test, not {split!r}")
+    if not all(count is None or count >= 1 for count in (scenes, views, resolution)):
+        raise ValueError("scenes, views and resolution have to be at least 1")
     if spec in SETS:
         return synthetic(spec, 1000 if scenes is None else scenes, 1 if views is None else views,
                          resolution, seed, device, held_out=split == "test")
@@ -720,9 +720,9 @@ def load(spec, scenes=None, views=None, resolution=64, split=None, seed=0, devic
                 print(f"{path}: taken for {name}", file=sys.stderr)
                 return loader(path, split, scenes=scenes, views=views, resolution=resolution,
                               seed=seed, device=device)
-    known = ", ".join(f"{mark} ({name})" for name, mark, *_ in FORMATS.values())
+    marks = ", ".join(mark for _, mark, *_ in FORMATS.values())
     raise ValueError(f"{spec} is neither a built-in set ({', '.join(SETS)}) nor one in subsets/ "
-                     f"({', '.join(names)}) nor a path of a known format: {known}")
+                     f"({', '.join(names)}) nor a path that has {marks}")
 
 
 def test_views(config, scenes, views, device):
@@ -1034,17 +1034,17 @@ SETS = {
 
 def random_poses(name, scenes, views=1, seed=0, start=0, device="cpu"):
     """Poses (N, V, 4, 4) of a built-in set's cameras for scenes start..start+N-1."""
-    about, scene = SETS[name], torch.arange(start, start + scenes, device=device)
+    set_, scene = SETS[name], torch.arange(start, start + scenes, device=device)
     draws = [Sketch(seed, scene, stream=1 + view).draw for view in range(views)]
-    return torch.stack([orbit(d(0, 360), d(*about.elevation), about.radius) for d in draws], 1)
+    return torch.stack([orbit(d(0, 360), d(*set_.elevation), set_.radius) for d in draws], 1)
 
 
 def random_scenes(name, scenes, seed=0, start=0, device="cpu"):
     """`Scenes` start..start+N-1 of a built-in set."""
-    about, sketch = SETS[name], Sketch(seed, torch.arange(start, start + scenes, device=device))
-    about.build(sketch, about.ground)
+    set_, sketch = SETS[name], Sketch(seed, torch.arange(start, start + scenes, device=device))
+    set_.build(sketch, set_.ground)
     columns = (torch.stack(column, 1) for column in zip(*sketch.parts))
-    return Scenes(*columns, about.ground, about.background)
+    return Scenes(*columns, set_.ground, set_.background)
 
 
 def synthetic(name, scenes, views=1, resolution=64, seed=0, device="cpu", start=0, samples=2,
@@ -1057,10 +1057,10 @@ def synthetic(name, scenes, views=1, resolution=64, seed=0, device="cpu", start=
     """
     if min(scenes, views, resolution, samples) < 1:
         raise ValueError("scenes, views, resolution and samples have to be at least 1")
-    about, where = SETS[name], "cpu" if torch.device(device).type == "mps" else device
+    set_, where = SETS[name], "cpu" if torch.device(device).type == "mps" else device
     seed = -1 - seed if held_out else seed
     poses = random_poses(name, scenes, views, seed, start, where)
-    images, depths = trace(make(name, scenes, seed, start, where), poses, about.focal, resolution,
+    images, depths = trace(make(name, scenes, seed, start, where), poses, set_.focal, resolution,
                            samples, depth)
-    background = torch.tensor(about.background) * 2 - 1
-    return Views(images, poses, about.focal, background, name, 1.0, depths, held_out).to(device)
+    background = torch.tensor(set_.background) * 2 - 1
+    return Views(images, poses, set_.focal, background, name, 1.0, depths, held_out).to(device)

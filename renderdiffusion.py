@@ -898,6 +898,8 @@ def resume(path, model, ema, optimizer):
     sentence, for what cannot be gone on with."""
     saved, state = load_checkpoint(path), torch.load(path, map_location="cpu", weights_only=True)
     try:
+        if "optimizer" not in state:
+            raise ValueError("it holds weights alone: begin a training with them by --init")
         for field in dataclasses.fields(Config)[:14]:           # data, model, T and schedule
             if (its := getattr(saved.config, field.name)) != getattr(model.config, field.name):
                 raise ValueError(f"it was trained with {field.name} = {its!r}")
@@ -905,14 +907,14 @@ def resume(path, model, ema, optimizer):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         for weight, averages in optimizer.state.items():        # whose shapes torch does not check
-            [average.expand_as(weight) for average in averages.values()]
+            if any(averages[name].shape != weight.shape for name in ("exp_avg", "exp_avg_sq")):
+                raise ValueError("its optimizer's averages do not fit its weights")
         step, seconds = int(state["step"]), float(state["seconds"])
-        if progress_of(model.config, step, seconds) >= 1:
+        if not progress_of(model.config, step, seconds) < 1:    # NaN, too
             raise ValueError(f"it has had its {step} steps, {seconds / 60:.1f} minutes: give more")
         return step, seconds
     except Exception as error:                      # torch raises half a dozen kinds
-        raise ValueError(f"{path} cannot be gone on with (weights alone begin a training by "
-                         f"--init): {one_line(error)}") from None
+        raise ValueError(f"{path} cannot be gone on with: {one_line(error)}") from None
 
 
 @torch.no_grad()
@@ -1032,10 +1034,10 @@ def training_path(config):
 def join_processes(device):
     """Join those that torchrun started -> this one's number and how many there are; ValueError for
     more processes than GPUs, or, torch's own, where the environment is incomplete."""
-    if "WORLD_SIZE" not in os.environ:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:       # some clusters set it for a single one
         return 0, 1
     if device.type == "cuda":
-        if (local := int(os.environ["LOCAL_RANK"])) >= torch.cuda.device_count():
+        if (local := int(os.environ.get("LOCAL_RANK", 0))) >= torch.cuda.device_count():
             raise ValueError(f"there are {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
         torch.cuda.set_device(local)                # what "cuda" means from here on
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -1177,13 +1179,13 @@ def run_generate(model, args):
 def run_reconstruct(model, args):
     """3D from one picture, seen from its own camera and from others, beside the truth if known."""
     images, poses = input_pictures(model, args)
-    found = {f", t_r = {t_r}" * (len(args.t_r) > 1):
-             reconstruct(model, images[0], poses[0], t_r, args.steps, args.seed)
-             for t_r in args.t_r}
-    rows = {}
+    rows, reconstructions = {}, {}
+    for t_r in args.t_r:
+        mark = f", t_r = {t_r}" * (len(args.t_r) > 1)
+        reconstructions[mark] = reconstruct(model, images[0], poses[0], t_r, args.steps, args.seed)
     for v, (truth, pose) in enumerate(zip(images[:3], poses)):
         rows[f"side {v}, truth" if v else "input"] = truth
-        for mark, planes in found.items():
+        for mark, planes in reconstructions.items():
             rows[(f"side {v}" if v else "reconstructed") + mark] = show(model, planes, pose)[0]
     angles = () if images[1:] else (40, 80, 160, 240)
     return rows | views_around(model, planes, poses[0], angles), planes
@@ -1278,7 +1280,7 @@ class Options:
     steps: int = option(None, "noise levels on the way down; else 20, or what suits t_r", 1)
     eta: float = option(0.0, "1: fresh noise at each step; 0: none", 0, 1)
     image: str = option(None, "picture file; else scenes that training never saw")
-    fit: str = option("crop", "how a picture is made square: crop or pad", among=("crop", "pad"))
+    fit: str = option("crop", "how a picture is made square", among=("crop", "pad"))
     azimuth: float = option(None, "of its camera in degrees; else found", -360, 360)
     elevation: float = option(None, "of its camera in degrees; else found", -90, 90)
     t_r: tuple = option((0,), "noise levels to reconstruct from, 0 to T")
@@ -1314,7 +1316,7 @@ def parse(argv):
                 group = sub.add_argument_group(GROUPS[field.name])
             if field.metadata and (not names or field.name in names.split()):
                 how = {bool: dict(action="store_true"), tuple: dict(type=int, nargs="+")}.get(
-                    field.type, dict(type=field.type))
+                    field.type, dict(type=field.type, choices=field.metadata["among"]))
                 text = f"{field.metadata['text']} (default: {field.default})"
                 group.add_argument("--" + field.name.replace("_", "-"), help=text,
                                    default=argparse.SUPPRESS, **how)

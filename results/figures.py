@@ -35,8 +35,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import renderdiffusion as rd
 from data import (CLEVR_NAMES, CLEVR_SHAPES, SETS, camera_rays, load, progress, random_scenes,
-                  synthetic, trace)
-from judge import clevr_kinds, frechet, judge, parameters, train_reader
+                  trace)
+from judge import frechet, judge, parameters, train_reader
 
 
 def table(*rows):

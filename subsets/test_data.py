@@ -732,9 +732,11 @@ BAD = [
       for key in ("images", "poses", "focal", "background")),
     (arrays(images=np.zeros((3, 8, 8))), "a.npz is .* have to be uint8"),
     (arrays(images=np.zeros((2, 3, 32, 32, 3), np.uint16)), "a.npz is .* have to be uint8"),
-    (arrays(images=np.zeros((0, 3, 32, 32, 3), np.uint8)), "no scenes in"),
+    (arrays(images=np.zeros((0, 3, 32, 32, 3), np.uint8)), "a.npz is .* have to be uint8"),
     (arrays(images=np.full((3, 9, 9, 3), 2.0)), "one scene's in .0, 1"),
-    (arrays(poses=np.zeros((2, 2, 4, 4))), "a.npz is not as expected: IndexError"),
+    *((arrays(images=np.zeros((2, 3, 32, 32, C), np.uint8)), "S, S, 3") for C in (1, 4)),
+    *((arrays(poses=np.zeros(s)), "poses .N, V, 4, 4") for s in ((2, 2, 4, 4), (2, 4, 4, 4))),
+    *((arrays(background=np.zeros(s, np.uint8)), "background uint8 .3") for s in ((), 4)),
     (arrays(focal=np.ones(2)), "a.npz is not as expected: TypeError"),
     (arrays(poses=np.zeros((2, 3, 4, 4))), "images.0, 0. .*: the pose is not a rotation"),
     (nmr_without_a_camera, "train9 is not as expected: .*camera_mat_1"),
@@ -770,8 +772,9 @@ def test_wrong_arguments_are_answered_with_what_to_do(tmp_path):
             (partial(synthetic, "clevr1", 1, samples=-1), "at least 1"),
             (partial(load, "clevr1", resolution=0), "at least 1"),
             (partial(load, "clevr2"), "neither a built-in set .*clevr1.* nor a path"),
-            (partial(load, tmp_path), "nor a path of a known format: .*rgb .ShapeNet-SRN"),
-            (partial(load, tmp_path / "world_mat" / "a.txt"), "of a known format"),
+            (partial(load, tmp_path), "nor a path that has .*rgb, .*npz"),
+            (partial(load, tmp_path / "world_mat" / "a.txt"), "nor a path that has"),
+            *((partial(load, tmp_path, *n), "at least 1") for n in ((0,), (-1,), (1, 0))),
             (partial(load_srn, tmp_path), "no scenes in"),
             (partial(load, "clevr1", split="held out"), "split must be train or test")):
         with pytest.raises((ValueError, FileNotFoundError), match=words):
@@ -832,6 +835,9 @@ def test_pictures_of_any_depth(tmp_path):
     save(tmp_path / "8.png", grey)
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
     Image.fromarray(grey.astype(np.float32) / 255).save(tmp_path / "f.tif")
+    save(tmp_path / "nan.tif", np.where(grey > 60, grey, math.nan).astype(np.float32))
+    with pytest.raises(ValueError, match="nan.tif is .* not finite"):
+        read_image(tmp_path / "nan.tif", 8)
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "t.png", transparency=60 * 257)
     expected = torch.from_numpy(grey).float() / 127.5 - 1
     for name in ("8.png", "16.png", "f.tif"):
