@@ -63,7 +63,7 @@ class Config:
     # data
     data: str = option("clevr1", "a built-in set, a name in subsets/, or a path")
     scenes: int = option(0, "scenes to train on; 0: all there are, of built-in sets fresh ones")
-    views: int = option(1, "pictures of a scene, each on its own", 1)
+    views: int = option(1, "pictures of a scene, each an example of its own", 1)
     resolution: int = option(32, "image side S", among=(16, 32, 64, 128, 256))
     # model
     plane_size: int = option(32, "triplane side N", among=(16, 32, 64, 128, 256, 512))
@@ -78,7 +78,7 @@ class Config:
     timesteps: int = option(1000, "T", 1, 1e6)
     schedule: str = option("cosine", "alpha_bar", among=("cosine", "linear"))
     loss: str = option("l1", "what is wrong with a pixel", among=("l1", "l2"))
-    clean_share: float = option(0.2, "share of examples without noise, which t_r = 0 needs", 0, 1)
+    clean_share: float = option(0.2, "share of examples without noise, for `reconstruct`", 0, 1)
     other_side: float = option(0.5, "share encoded from another side; 0: none (the paper)", 0, 1)
     other_side_from: float = option(0.4, "from this part of the training on", 0, 1)
     # training
@@ -130,7 +130,7 @@ class NoiseSchedule:
         return self.alpha_bar.to(x.device)[t].view(-1, *[1] * (x.dim() - 1))
 
     def add_noise(self, x, t, noise, s=0):
-        """A draw of q(x_t | x_s = x), given standard normal noise: of x0, Ho et al. 2020, eq. 4."""
+        """x, which is at level s, noised on to t: q(x_t | x_s); s = 0 is Ho et al. 2020, eq. 4."""
         kept = self.at(t, x) / self.at(s, x)
         return kept.sqrt() * x + (1 - kept).sqrt() * noise
 
@@ -180,13 +180,13 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """The encoder e: x_t (B, 3, S, S), t (B,) -> planes (B, 3C, N, N). It is not told the camera.
+    """The encoder e: x_t (B, 3, S, S), t (B,) -> planes (B, 3C, N, N). Not told the camera, it has
+    to tell from the picture how the world is turned.
 
-    Stages are named by their side: S / 2, ..., 8, 4 on the way down, 4, 8, ..., N / 2 up again,
-    with skips, added. A stage's width goes by its side alone, and each of side 16 or more has its
-    own way in and out: a stem sees the picture averaged down to twice the side, a head gives planes
-    of twice the side, and smaller planes are doubled and added. So the network of a small picture
-    is part of that of a larger one, and grows into it (`grow`): what that one adds starts at zero.
+    Stages are named by their side, which alone sets their width; skips are added. Each of side 16
+    or more, or else the largest, has a stem, to which the picture comes averaged down to twice the
+    side, and a head: planes of twice the side, added to the smaller ones, doubled. So the network
+    of a small picture is part of a larger one's, whose rest adds zero at first (function `grow`).
     """
 
     def __init__(self, config):
@@ -256,8 +256,8 @@ class UNet(nn.Module):
 
 def sample_triplanes(planes, points):
     """Planes (B, 3, C, N, N) at points (B, P, 3) in [-1, 1]^3 -> features (B, P, C): bilinear at
-    the projections on xy, xz and yz, summed (Chan et al. 2022, section 3.1). A plane's first axis
-    runs along its columns; -1 and 1 are its outermost texels' centres."""
+    the projections on xy, xz and yz, summed (Chan et al. 2022, section 3.1). In xz, say, x is
+    the column and z the row; -1 and 1 are the outermost texels' centres."""
     B, _, C, N, _ = planes.shape
     grid = points[:, :, [[0, 1], [0, 2], [1, 2]]].transpose(1, 2).reshape(B * 3, -1, 1, 2)
     features = F.grid_sample(planes.reshape(B * 3, C, N, N), grid, align_corners=True)
@@ -266,8 +266,8 @@ def sample_triplanes(planes, points):
 
 class RadianceMLP(nn.Module):
     """s(p, P[p]): points (B, P, 3), features (B, P, C) -> density per world unit (B, P), RGB in
-    [0, 1] (B, P, 3). It starts nearly transparent: a volume that starts opaque hides its inside
-    from the gradient, and stays so."""
+    [0, 1] (B, P, 3). It starts as a fog of density 25 softplus(-3) = 1.2: one that starts opaque
+    hides its inside from the gradient, and stays so."""
 
     def __init__(self, C, hidden):
         super().__init__()
@@ -285,10 +285,10 @@ class RadianceMLP(nn.Module):
 # ---- Ray marching: density and colour -> pixels ------------------------------------------------
 
 def ray_interval(origins, directions):
-    """Where rays (B, R, 3) are inside the cube [-1, 1]^3 -> near, far (B, R), at least 0; both the
-    point closest to the origin where a ray misses it."""
+    """Distances near, far (B, R), at least 0, between which rays (B, R, 3) are in the cube
+    [-1, 1]^3; for a ray that misses it, both that of its point closest to the cube's middle."""
     d = torch.where(directions.abs() < 1e-9, torch.full_like(directions, 1e-9), directions)
-    a, b = (-1 - origins) / d, (1 - origins) / d
+    a, b = (-1 - origins) / d, (1 - origins) / d    # distances to the two faces across each axis
     near = torch.minimum(a, b).amax(-1).clamp(min=0)
     far = torch.maximum(a, b).amin(-1)
     closest = -(origins * directions).sum(-1).clamp(max=0)
@@ -301,7 +301,7 @@ def composite(density, color, deltas, background):
     color (B, R, K, 3), background (3,) -> rgb (B, R, 3) and weights (B, R, K); the background gets
     1 minus their sum. Colours are in [0, 1]."""
     optical_depth = density * deltas
-    # what lies before each sample; on GPUs a product is much faster than a cumulative sum
+    # the sum over the samples before each; on GPUs this matrix product is much faster than cumsum
     K = density.shape[-1]
     before = optical_depth @ density.new_ones(K, K).triu(1)
     weights = torch.exp(-before) * -torch.expm1(-optical_depth)                # T_i alpha_i
@@ -325,8 +325,8 @@ def importance_samples(edges, weights, u):
 def march(field, origins, directions, samples, fine_samples, background, jitter=False):
     """Render rays (B, R, 3) of a field -> rgb (B, R, 3) in [0, 1], depth, opacity (B, R).
 
-    field: points (B, P, 3) -> density (B, P), colour (B, P, 3). Depth is the expected distance,
-    to the cube's far side for what passes through. jitter puts samples anywhere in their parts.
+    field: points (B, P, 3) -> density (B, P), colour (B, P, 3). Here t is a distance; depth is its
+    mean, the cube's far side for what passes through. jitter puts samples anywhere in their parts.
     """
     near, far = (x[..., None] for x in ray_interval(origins, directions))      # (B, R, 1)
 
@@ -458,7 +458,7 @@ def denoising_loss(model, x0, poses, source=None):
 
 
 def learning_rate(config, step, done):
-    """Warm-up over 100 steps, then constant, and a linear fall over the last 30 %."""
+    """Warm-up over 100 steps, then constant, and a linear fall to 2 % over the last 30 %."""
     return config.lr * min(1, (step + 1) / 100, max(0.02, (1 - done) / 0.3))
 
 
@@ -535,7 +535,7 @@ def noise_levels(schedule, steps, top=None):
     end = max(1, top // (6 * steps))
     levels = torch.searchsorted(-log_snr, -torch.linspace(*log_snr[[end, top - end]], steps + 1))
     levels[0], levels[-1], i = 0, top, torch.arange(steps + 1)
-    # no two the same: level i less i never falls, nor takes the room of those to come
+    # rounded, some coincide: level i minus i may not fall (no two the same) nor pass top - steps
     levels = (levels - i).cummax(0).values.clamp(max=top - steps) + i
     return [int(level) for level in levels.flip(0)]
 
@@ -649,7 +649,7 @@ def inpaint(model, images, masks, poses=None, steps=20, jump_length=5, jump_n_sa
         raise ValueError("a mask must hide a part of the picture: 1 is known, 0 is to be filled")
     schedule, generator = model.schedule, torch.Generator().manual_seed(seed)
     poses = find_poses(model, images, known) if poses is None else poses
-    levels = noise_levels(schedule, steps)                      # falling: index i is from the end
+    levels = noise_levels(schedule, steps)      # T, ..., 0; index i of the walk is levels[-2 - i]
     walk = [levels[-2 - i] for i in repaint_schedule(steps, jump_length, jump_n_sample)]
     x = standard_normal(images, generator)
     for t, s in progress(zip(walk, walk[1:]), len(walk) - 1, "inpainting"):
@@ -674,10 +674,10 @@ class Compass(nn.Module):
 
     A picture shows an object's turn against the camera, a; planes need its turn in the world, a + b
     with b the camera's azimuth. cos(a + b) = cos a cos b - sin a sin b is made of products, which
-    plain training does not find (results/README.md). So a small network estimates b, and the
-    estimate scales and shifts the encoder's stages on the way up, as t does. They are told not b
-    but `fold` * b: with 4, cameras a quarter turn apart are the same to them, enough for how a box
-    is turned, and too little for a relief, a shape that looks right from the picture's side alone.
+    plain training does not find (results/README.md). So a small network estimates b, from light and
+    shadow, and scales and shifts the encoder's stages on the way up by it, as t does. They are told
+    not b but `fold` * b: with 4, cameras a quarter turn apart are the same to them. That is enough
+    to turn a box, and too little to know the camera's side and build a relief for it alone.
     Taught by the squared error, it gives the mean over what the picture leaves open: a vector the
     shorter, the less can be told. It sees the picture averaged down to 32.
     """
