@@ -553,7 +553,7 @@ def denoise(model, x_t, poses, levels, eta, generator, watch=None):
     DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2), of which DDIM is the first
     order. watch(t, x_t, x0_hat, depth), if given, sees every step.
     """
-    lam, before = model.schedule.alpha_bar.logit() / 2, None    # log(alpha / sigma), infinite at 0
+    lam, before = model.schedule.alpha_bar.logit(), None        # 2 log(alpha / sigma); inf at 0
     for t, s in progress(zip(levels, levels[1:]), len(levels) - 1, "denoising"):
         planes = model.encode(x_t, t)
         x0_hat, depth, _ = model.render(planes, poses, fine=s == 0)            # fine: what is kept
