@@ -1277,7 +1277,7 @@ class Options:
     device: str = option("auto", "cuda, mps or cpu; auto: the first that works")
     # a GIF is at most 65,535 pixels wide, and a scene in it up to 512
     count: int = option(4, "how many scenes (without --image)", 1, 127)
-    steps: int = option(None, "noise levels on the way down; else 20, or what suits t_r", 1)
+    steps: int = option(None, "noise levels on the way down; else 20, or as t_r needs", 1)
     eta: float = option(0.0, "1: fresh noise at each step; 0: none", 0, 1)
     image: str = option(None, "picture file; else scenes that training never saw")
     fit: str = option("crop", "how a picture is made square", among=("crop", "pad"))
@@ -1317,7 +1317,8 @@ def parse(argv):
             if field.metadata and (not names or field.name in names.split()):
                 how = {bool: dict(action="store_true"), tuple: dict(type=int, nargs="+")}.get(
                     field.type, dict(type=field.type, choices=field.metadata["among"]))
-                text = f"{field.metadata['text']} (default: {field.default})"
+                text, default = field.metadata["text"], str(field.default).strip("(,)")
+                text += f" (default: {default})" * (default not in ("None", ""))
                 group.add_argument("--" + field.name.replace("_", "-"), help=text,
                                    default=argparse.SUPPRESS, **how)
     args, unknown = parser.parse_known_args(argv)
