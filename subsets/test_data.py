@@ -460,12 +460,16 @@ def no_extension(v, image, path):
     return {"file_path": f"images/{v}"}
 
 
-def cut(v, image, path):
+def cut(v, image, path, box=lambda v: (v, 2 + 2 * v, 46, 47)):
     """Pictures that lack some rows and columns, larger in their intrinsics than in their files."""
-    left, top = v, 2 + 2 * v
-    image.crop((left, top, 46, 47)).save(path.with_suffix(".jpg"), quality=98, subsampling=0)
-    return {"file_path": f"images/{v}.jpg", "w": 4 * (46 - left), "h": 4 * (47 - top),
+    left, top, right, bottom = box(v)
+    image.crop(box(v)).save(path.with_suffix(".jpg"), quality=98, subsampling=0)
+    return {"file_path": f"images/{v}.jpg", "w": 4 * (right - left), "h": 4 * (bottom - top),
             "fl_x": 4 * 1.6 * 48, "cx": 4 * (24 - left), "cy": 4 * (24 - top)}
+
+
+def cut_below(*picture):
+    return cut(*picture, lambda v: (1, 1, 46 - v, 46 - 2 * v))
 
 
 def frame(**changes):
@@ -484,7 +488,8 @@ def changed(folder, change, poses):
 
 
 @pytest.mark.parametrize("change, said", [
-    *((on_pictures(change), "") for change in (squeeze, cut, double, masked, turned, no_extension)),
+    *((on_pictures(change), "") for change in (
+        squeeze, cut, cut_below, double, masked, turned, no_extension)),
     (top(cx=None, cy=None, w=48, h=None), ""), (frame(file_path="images\\1.png"), ""),
     (lambda folder, about: json.dumps(about).encode("utf-8-sig"), ""),
     (frame(p2=0.1), "lens distortion is not corrected"),
