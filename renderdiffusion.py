@@ -388,22 +388,21 @@ class RenderDiffusion(nn.Module):
             planes = self.unet(x_t, t)
         return planes.float().reshape(len(x_t), 3, -1, N, N)
 
-    def march(self, planes, origins, directions, jitter=False, fine=True):
-        """Rays (B, R, 3) through planes, as the function of this name has it, without importance
-        samples if not `fine` -> rgb (B, R, 3) in [0, 1], depth, opacity (B, R)."""
+    def march(self, planes, origins, directions, jitter=False):
+        """Rays (B, R, 3) through planes, as the function of this name has it -> rgb (B, R, 3) in
+        [0, 1], depth, opacity (B, R)."""
         return march(lambda points: self.mlp(points, sample_triplanes(planes, points)), origins,
-                     directions, self.config.samples, self.config.fine_samples if fine else 0,
-                     self.background, jitter)
+                     directions, self.config.samples, self.config.fine_samples, self.background,
+                     jitter)
 
-    def render(self, planes, poses, focal=None, resolution=None, fine=True):
+    def render(self, planes, poses, focal=None, resolution=None):
         """Planes (B, 3, C, N, N) from poses (B, 4, 4) or a single one -> rgb (B, 3, S, S) in
-        [-1, 1], depth and opacity (B, S, S). focal and resolution: None is the config's. Not
-        `fine`: by stratified samples alone, in half the time."""
+        [-1, 1], depth and opacity (B, S, S). focal and resolution: None is the config's."""
         S, poses = resolution or self.config.resolution, poses.to(planes).expand(len(planes), 4, 4)
         origins, directions = camera_rays(poses, focal or self.config.focal, S)
         points = self.points_at_once * (1 if planes.device.type == "cpu" else 64)
         rays = points // (len(planes) * self.config.samples) + 1
-        parts = [self.march(planes, o, d, fine=fine)
+        parts = [self.march(planes, o, d)
                  for o, d in zip(origins.split(rays, 1), directions.split(rays, 1))]
         rgb, depth, opacity = (torch.cat(part, dim=1) for part in zip(*parts))
         return (rgb.mT.reshape(-1, 3, S, S) * 2 - 1, depth.view(-1, S, S), opacity.view(-1, S, S))
@@ -556,7 +555,7 @@ def denoise(model, x_t, poses, levels, eta, generator, watch=None):
     lam, before = model.schedule.alpha_bar.logit(), None        # 2 log(alpha / sigma); inf at 0
     for t, s in progress(zip(levels, levels[1:]), len(levels) - 1, "denoising"):
         planes = model.encode(x_t, t)
-        x0_hat, depth, _ = model.render(planes, poses, fine=s == 0)            # fine: what is kept
+        x0_hat, depth, _ = model.render(planes, poses)
         x0_ahead = x0_hat = x0_hat.clamp(-1, 1)
         if watch:
             watch(t, x_t, x0_hat, depth)
@@ -624,7 +623,7 @@ def guidance_gradient(model, x_t, t, poses, images, known):
     with torch.inference_mode(False), torch.enable_grad():
         x_t, poses, images, known = (x.clone() for x in (x_t, poses, images, known))
         x_t.requires_grad_()
-        x0_hat = model.render(model.encode(x_t, t), poses, fine=False)[0]
+        x0_hat = model.render(model.encode(x_t, t), poses)[0]
         misfit = ((known * (x0_hat - images)).square().sum((1, 2, 3)) + 1e-12).sqrt()
         gradient, = torch.autograd.grad(misfit.sum(), x_t)
     return x0_hat.detach(), gradient
@@ -662,7 +661,7 @@ def inpaint(model, images, masks, poses=None, steps=20, jump_length=5, jump_n_sa
             x0_hat, gradient = guidance_gradient(model, x, t, poses, images, known)
             mean, variance = schedule.posterior(x0_hat.clamp(-1, 1), x, t, s)
             x = mean + variance.sqrt() * standard_normal(x, generator) - guidance * gradient
-    x0_hat, _, _ = model.render(model.encode(x, t), poses)      # what is kept, with fine samples
+    x0_hat, _, _ = model.render(model.encode(x, t), poses)
     x = known * images + (1 - known) * x0_hat.clamp(-1, 1)
     return x, model.encode(x, 0)
 

@@ -91,7 +91,7 @@ class Greys:
         g = self.mean + gain * (x_t.mean((1, 2, 3), keepdim=True) - ab ** 0.5 * self.mean)
         return g + ab ** 0.5 * self.grain ** 2 / pixel * (x_t - ab ** 0.5 * g)
 
-    def render(self, planes, poses, focal=None, resolution=None, fine=True):
+    def render(self, planes, poses, focal=None, resolution=None):
         return planes, planes[:, 0], planes[:, 0]
 
     def levels(self):
@@ -466,7 +466,7 @@ def test_samples_are_in_the_middle_of_their_parts_or_with_jitter_anywhere():
 
 @pytest.mark.parametrize("fine", [0, 8])
 def test_chunks_pixels_batches_and_repetitions_equal_the_whole(monkeypatch, fine):
-    """Rays do not know of each other, nor do pictures; without importance samples when asked."""
+    """Rays do not know of each other, nor do pictures; with importance samples and without."""
     model, x_t = tiny_model(fine_samples=fine), torch.randn(2, 3, 16, 16)
     t, pixels = torch.tensor([3, 700]), torch.stack([torch.randperm(256)[:40] for _ in range(2)])
     planes = model.encode(x_t, t)
@@ -481,8 +481,6 @@ def test_chunks_pixels_batches_and_repetitions_equal_the_whole(monkeypatch, fine
         assert torch.allclose(single, planes[i:i + 1], atol=1e-5)
         for one, many in zip(model.render(single, PAIR[i:i + 1]), whole):
             assert torch.allclose(one, many[i:i + 1], atol=1e-5)
-    coarse = tiny_model(fine_samples=0).render(planes, PAIR)
-    assert all(map(torch.equal, model.render(planes, PAIR, fine=False), coarse))
     monkeypatch.setattr(RenderDiffusion, "points_at_once", 600)
     calls, march = [], model.march
     monkeypatch.setattr(model, "march", lambda *a, **k: calls.append(0) or march(*a, **k))
@@ -847,7 +845,7 @@ def test_without_fresh_noise_sampling_follows_the_flow():
 
 
 def test_a_seed_is_a_picture_and_every_step_can_be_watched():
-    """The last step adds no noise: what is returned is what the planes show, with fine samples."""
+    """The last step adds no noise, and every guess on the way is all that the planes show."""
     model, frames = tiny_model(), []
     (first, planes), (again, _), (other, _), (ddim, _) = (
         generate(model, PAIR, 3, eta, seed) for eta, seed in ((1, 4), (1, 4), (1, 5), (0, 4)))
@@ -859,7 +857,10 @@ def test_a_seed_is_a_picture_and_every_step_can_be_watched():
                            watch=lambda *frame: frames.append(frame))
     times, x_t, x0_hat, depth = zip(*frames)
     assert list(times) == levels[:-1] and torch.equal(x_t[0], x_T)
-    assert torch.equal(x0_hat[-1], images) and all(d.shape == (2, 16, 16) for d in depth)
+    assert torch.equal(x0_hat[-1], images)
+    for t, x, guess, far in zip(times, x_t, x0_hat, depth):     # importance samples are part of it
+        shown, its_depth, _ = model.render(model.encode(x, t), PAIR)
+        assert torch.equal(guess, shown.clamp(-1, 1)) and torch.equal(far, its_depth)
 
 
 # Reconstruction ---------------------------------------------------------------------------------
