@@ -425,12 +425,14 @@ class RenderDiffusion(nn.Module):
 EMPTY_RAYS = 0.1
 
 
-def draw_pixels(x0, background, count):
+def draw_pixels(x0, background, hidden, count):
     """Numbers (B, count) of different pixels of x0 (B, 3, S, S), most of them where it is not the
-    background (3,) in [-1, 1], or a pixel beside."""
+    background (3,) in [-1, 1], or a pixel beside; all alike the more, the more of x_t is noise:
+    hidden (B, 1, 1, 1), 1 - alpha_bar. There x0_hat must be the mean of all pictures that x_t may
+    come from (an even draw has it so): with those that fill a pixel in favour, objects grow."""
     unlike = (x0 - background.view(3, 1, 1)).abs().amax(1, keepdim=True) > 0.02
-    weight = F.max_pool2d(unlike.float(), 3, 1, 1).flatten(1).clamp(min=EMPTY_RAYS)
-    return torch.multinomial(weight, min(count, weight.shape[1]))
+    weight = torch.maximum(F.max_pool2d(unlike.float(), 3, 1, 1), hidden ** 4).flatten(1)
+    return torch.multinomial(weight.clamp(min=EMPTY_RAYS), min(count, weight.shape[1]))
 
 
 def draw_levels(config, B, device):
@@ -449,7 +451,8 @@ def denoising_loss(model, x0, poses, source=None):
     source = x0 if source is None else source
     t = draw_levels(inner.config, len(x0), x0.device)
     x_t = inner.schedule.add_noise(source, t, torch.randn_like(x0))            # q(x_t | x0)
-    pixels = draw_pixels(x0, inner.background * 2 - 1, inner.config.rays)      # (B, n)
+    hidden = 1 - inner.schedule.at(t, x0)                                      # (B, 1, 1, 1)
+    pixels = draw_pixels(x0, inner.background * 2 - 1, hidden, inner.config.rays)      # (B, n)
     x0_hat = model(x_t, t, poses, pixels)                                      # (B, n, 3)
     target = x0.flatten(2).mT.take_along_dim(pixels[..., None], dim=1)
     compare = F.l1_loss if inner.config.loss == "l1" else F.mse_loss
