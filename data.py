@@ -16,8 +16,6 @@ import math
 import re
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,17 +27,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch.nn.utils.rnn import pad_sequence
 
 
 # ---- Cameras and posed images ------------------------------------------------------------------
 
 def orbit(azimuth, elevation, radius, target=(0.0, 0.0, 0.0)):
-    """Poses (..., 4, 4) of cameras on a sphere around `target`, looking at it with z up.
-
-    Azimuth (from +x towards +y) and elevation (from the ground up) are in degrees; all arguments
-    are numbers or tensors that broadcast, `target` with a last dimension of three.
-    """
+    """Poses (..., 4, 4) of cameras on a sphere around `target`, looking at it with z up. Azimuth
+    (from +x towards +y) and elevation (from the ground up) are in degrees; all arguments are
+    numbers or tensors that broadcast, `target` with a last dimension of three."""
     given = azimuth, elevation, radius, target
     device = next((a.device for a in given if torch.is_tensor(a)), None)
     azimuth, elevation, radius, target = (
@@ -66,8 +61,7 @@ def camera_rays(poses, focal, resolution):
 
 
 def turn_poses(model, azimuth, count):
-    """`count` poses (count, 4, 4) round a model's scene from `azimuth` on, at the middle of its
-    config's elevations."""
+    """Poses (count, 4, 4) round a model's scene from `azimuth` (degrees) on, at mid-elevation."""
     azimuths = azimuth + torch.arange(count, device=model.background.device) * 360 / count
     return orbit(azimuths, sum(model.config.elevation) / 2, model.config.radius)
 
@@ -129,8 +123,7 @@ class Scenes:
 
 def take(x, index):
     """Columns of x (..., M) by their numbers; on a CPU much faster than x[..., index]."""
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return rows.index_select(1, index).view(*x.shape[:-1], len(index))
+    return x.gather(-1, index.expand(*x.shape[:-1], -1))
 
 
 def linear(matrix, vectors):
@@ -166,7 +159,7 @@ def intersect(kind, o, d):
 def trace_chunk(scenes, scene, poses, focal, side, shaded):
     """Traces side x side rays an image, for images (B,) of the scenes numbered `scene` (B,) ->
     colours (3, B, side, side) in [-1, 1] where `shaded`, else the depth (B, side, side)."""
-    image, slot = (scenes.kind[scene] != EMPTY).nonzero(as_tuple=True)            # (M,) primitives
+    image, slot = torch.where(scenes.kind[scene] != EMPTY)                        # (M,) primitives
     kind, to_world, tint, shine = (field[scene[image], slot] for field in (
         scenes.kind, scenes.to_world, scenes.color, scenes.shine))
     to_world = to_world.permute(1, 2, 0)                                          # (3, 4, M)
@@ -174,10 +167,9 @@ def trace_chunk(scenes, scene, poses, focal, side, shaded):
     signs = torch.cartesian_prod(*[poses.new_tensor([-1, 1])] * 3).T              # (3, 8)
     corners = linear(to_world[..., None, :], signs[..., None]) + to_world[:, 3:]  # (3, 8, M)
 
-    def crossings(corners, start, direction, owner):
-        """Kind by kind, primitives and the world rays (in 0..B*R-1) that cross them, and where; no
-        ray starts on its owner. Rays that pass well beside the image of a primitive's `corners`
-        (3, 8 or 16, M) are never tested."""
+    def crossings(corners, start, direction):
+        """Kind by kind, primitives and the world rays (in 0..B*R-1) that may cross them, and where.
+        What passes well beside the image of a primitive's `corners` (3, 8 or 16, M) is left out."""
         relative = corners - poses[image, :3, 3].T[:, None]
         x, y, z = ((poses[image, :3, i].T[:, None] * relative).sum(0) for i in range(3))  # (8, M)
         pixels = ((torch.stack([x, y]) / z * focal + 0.5) * side).clamp(-1, side + 1)
@@ -187,29 +179,24 @@ def trace_chunk(scenes, scene, poses, focal, side, shaded):
         column, row = behind | (at >= first[..., None]) & (at <= last[..., None])         # (M, S)
         for k in (SPHERE, BOX, CYLINDER):
             chosen = (kind == k).nonzero()[:, 0]
-            some, pixel = (row[chosen, :, None] & column[chosen, None]).flatten(1).nonzero(
-                as_tuple=True)
+            some, pixel = torch.where((row[chosen, :, None] & column[chosen, None]).flatten(1))
             one = take(chosen, some)
             ray = take(image, one) * side ** 2 + pixel
-            other = (take(owner, ray) != one).nonzero()[:, 0]   # convex: no shadow on itself
-            one, ray = take(one, other), take(ray, other)
             matrix = take(to_object, one)
-            near, far = intersect(k, linear(matrix, take(start, ray)) + matrix[:, 3],
-                                  linear(matrix, take(direction, ray)))
-            yield one, ray, near, far
+            yield one, ray, *intersect(k, linear(matrix, take(start, ray)) + matrix[:, 3],
+                                       linear(matrix, take(direction, ray)))
 
     # The first hit: the ground, or a primitive that is nearer
     center, direction = (x.permute(2, 0, 1).flatten(1) for x in camera_rays(poses, focal, side))
     depth = (scenes.ground - center[2]) / direction[2]                            # (B*R,)
-    depth = torch.where(depth > 0, depth, math.inf)
-    owner = torch.full_like(depth, -1, dtype=torch.long)            # which primitive a ray hits
-    hits = []
-    for one, ray, near, far in crossings(corners, center, direction, owner):
+    depth, hits = torch.where(depth > 0, depth, math.inf), []
+    for one, ray, near, far in crossings(corners, center, direction):
         hit = ((near < far) & (near > 0) & (near < take(depth, ray))).nonzero()[:, 0]
         hits.append((near[hit], one[hit], ray[hit]))
     near, one, ray = (torch.cat(column) for column in zip(*hits))
     depth = depth.scatter_reduce(0, ray, near, "amin")
     first = near == take(depth, ray)
+    owner = torch.full_like(depth, -1, dtype=torch.long)            # which primitive a ray hits
     owner = owner.scatter_reduce(0, ray[first], one[first], "amax")         # settles ties
     if not shaded:
         return depth.view(-1, side, side)
@@ -219,8 +206,9 @@ def trace_chunk(scenes, scene, poses, focal, side, shaded):
     drop = (corners[2] - scenes.ground) / light[2]                                # (8, M)
     swept = torch.cat([corners, corners - drop * light[..., None]], 1)            # (3, 16, M)
     point, lit = center + direction * depth, torch.ones_like(depth)               # (3, B*R)
-    for one, ray, near, far in crossings(swept, point, light.expand_as(point), owner):
-        lit[ray[(near < far) & (far > 1e-3)]] = 0.0
+    for one, ray, near, far in crossings(swept, point, light.expand_as(point)):
+        dark = (near < far) & (far > 1e-3) & (take(owner, ray) != one)  # convex: none on itself
+        lit[ray[dark]] = 0.0
     bright = torch.where((lit > 0) | depth.isinf(), 1.0, SHADOW)                  # so is the sky
     color = poses.new_tensor(scenes.background)[:, None] * bright
 
@@ -239,21 +227,16 @@ def trace_chunk(scenes, scene, poses, focal, side, shaded):
     ambient = AMBIENT + FILL * (light[0] * normal[1] - light[1] * normal[0])
     mirrored = 2 * facing * normal - light
     glint = (-mirrored * direction).sum(0).clamp(min=0) ** EXPONENT * (facing > 0)
-    diffuse = DIFFUSE * facing.clamp(min=0)
-    shaded = tint[one].T * (ambient + diffuse * lit) + shine[one] * glint * lit
-    color[:, ray] = shaded.clamp(0, 1)
+    diffuse = DIFFUSE * facing.clamp(min=0) * lit
+    color[:, ray] = (tint[one].T * (ambient + diffuse) + shine[one] * glint * lit).clamp(0, 1)
     return color.view(3, -1, side, side) * 2 - 1
 
 
 def trace(scenes, poses, focal, resolution, samples=2, depth=True):
-    """Renders N scenes from poses (N, V, 4, 4): images (N, V, 3, S, S) in [-1, 1] and their depth.
-
-    samples: a pixel is the mean of samples x samples rays. Depth (N, V, S, S) is along the ray
-    through the pixel's centre to the first hit, inf in the sky; None without `depth`. Memory is
-    bounded, beyond what is returned.
-    """
-    n, v = poses.shape[:2]
-    poses = poses.reshape(-1, 4, 4)
+    """Renders N scenes from poses (N, V, 4, 4): images (N, V, 3, S, S) in [-1, 1], of which a pixel
+    is the mean of samples x samples rays, and their depth (N, V, S, S), along the ray through the
+    pixel's centre to the first hit, inf in the sky; None without `depth`. Memory is bounded."""
+    (n, v), poses = poses.shape[:2], poses.flatten(0, 1)
     scene = torch.arange(n, device=poses.device).repeat_interleave(v)
     at_once = 2 ** 16 if poses.device.type == "cpu" else 2 ** 22      # a CPU's cache, a GPU's width
     chunk = max(1, at_once // (resolution * samples) ** 2)
@@ -276,20 +259,17 @@ def named(item):
         with np.errstate(all="ignore"):                     # what is not finite is refused in words
             yield
     except Exception as error:                              # PIL alone raises a dozen kinds
-        has_name = isinstance(error, OSError) and str(item) in str(error)
-        if has_name or "is not as expected" in str(error):
+        if isinstance(error, (OSError, ValueError)) and str(item) in str(error):
             raise
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}, "
         raise ValueError(f"{item} is not as expected: {kind}{error}") from None
 
 
-def open_picture(path, turn=True):
-    """The picture in a file as a PIL image, RGBA; ValueError or OSError if there is none. turn: as
+def open_picture(picture, turn=True):
+    """A file's picture, or PIL's, in PIL's RGBA; ValueError or OSError if there is none. turn: as
     its EXIF says; pictures with poses are read as they are stored, as COLMAP does."""
-    if not Path(path).is_file():                    # a pipe would be waited for
-        raise FileNotFoundError(f"there is no picture {path}")
-    with named(path):
-        image = Image.open(path)
+    with named(picture):
+        image = picture if isinstance(picture, Image.Image) else Image.open(picture)
         image = ImageOps.exif_transpose(image) if turn else image
         if image.mode[0] in "IF":       # 16 bits, or floats from 0 to 1: PIL would cut them off
             values = np.asarray(image)
@@ -308,79 +288,67 @@ def flatten(image, background):
     return Image.alpha_composite(Image.new("RGBA", image.size, color), image).convert("RGB")
 
 
-def square(image, side, fit, background=(1.0, 1.0, 1.0), method=Image.Resampling.LANCZOS):
-    """A PIL image as uint8 (3, side, side): its middle ("crop"), or all on a background ("pad")."""
+def read_image(picture, resolution, background=(1.0, 1.0, 1.0), fit="crop", method=Image.LANCZOS):
+    """A picture of any size, a file or PIL's -> (3, S, S) in [-1, 1]: cropped to its middle square,
+    or padded to a square with fit="pad", resized with anti-aliasing, and its alpha composited on
+    `background` (RGB in [-1, 1])."""
     fits = {"crop": ImageOps.fit, "pad": partial(ImageOps.pad, color=0)}            # 0: transparent
-    image = flatten(fits[fit](image.convert("RGBA"), (side, side), method), background)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def read_image(path, resolution, background=(1.0, 1.0, 1.0), fit="crop"):
-    """A picture file of any size -> (3, S, S) in [-1, 1]: cropped to its middle square, or padded
-    to a square with fit="pad", resized with anti-aliasing, and its alpha composited on `background`
-    (RGB in [-1, 1])."""
-    return square(open_picture(path), resolution, fit, background).float() / 127.5 - 1
+    image = fits[fit](open_picture(picture), (resolution, resolution), method)
+    image = np.moveaxis(np.array(flatten(image, background)), 2, 0)
+    return torch.from_numpy(image).float() / 127.5 - 1
 
 
 def read_mask(path, resolution, size=None, fit="crop"):
-    """A mask file -> (1, S, S) of 1 (known) and 0, fitted as `read_image` fits its picture.
-
-    White and what is padded is known; of a mask with transparency what is opaque, unless that is
-    all black. size: the picture's (width, height), S x S if None. ValueError where the mask has
-    another size, or hides nothing, or all.
-    """
+    """A mask file -> (1, S, S) of 1 (known) and 0, fitted as `read_image` fits its picture. White
+    and what is padded is known; of a mask with transparency what is opaque, unless that is all
+    black. size: the picture's (width, height), S x S if None. ValueError where the mask has another
+    size, or hides nothing, or all."""
     image, size = open_picture(path), size or (resolution, resolution)
     if image.size != size:
-        raise ValueError(f"the mask {path} is {image.size[0]} x {image.size[1]} pixels and its "
-                         f"picture {size[0]} x {size[1]}: make them equal")
+        raise ValueError(f"the mask {path} has {image.size} pixels, its picture {size}: not equal")
     known, alpha = np.moveaxis(np.array(image.convert("LA")), 2, 0)
     if alpha.min() < 255:
         known = alpha * known[alpha > 127].any()
-    fitted = square(Image.fromarray(known), resolution, fit, method=Image.Resampling.BOX)[:1] > 127
+    fitted = read_image(Image.fromarray(known), resolution, fit=fit, method=Image.BOX)[:1] > 0
     if fitted.all() or known.max() < 128 or not fitted.any():
         raise ValueError(f"the mask {path} hides {'nothing' if fitted.all() else 'all'}: white is "
                          "what is known, black or transparent what is to be filled")
     return fitted.float()
 
 
-# ---- Data from files: which of them ------------------------------------------------------------
+# ---- Data from files ---------------------------------------------------------------------------
 
 def visible(path, *patterns):
-    """The paths like a pattern in a folder, in order, or a file that is like one; names that begin
-    with a dot are nobody's."""
+    """Paths like a pattern in a folder, or a file that is; names that begin with a dot are none."""
     if path.is_file():
         return [path] if any(map(path.match, patterns)) else []
-    return sorted(file for pattern in patterns for file in path.glob(pattern) if not any(
-        part.startswith((".", "__MACOSX")) for part in file.relative_to(path).parts))
+    return sorted(file for pattern in patterns for file in path.glob(pattern)
+                  if not re.search(r"/(\.|__MACOSX)", f"/{file.relative_to(path).as_posix()}"))
 
 
 def find(path, loader, split):
-    """The paths by which a loader knows its scenes, of a split ("test" is val where there is none),
-    and what is still to be held back: "train" or "test", or "named" where names told, or None.
-
-    path: such a file, or a folder with such files or folders up to three folders down; what is a
-    split itself by its name is whole. Names tell if some are test or val, and others are not.
-    """
-    path, marks, parts = Path(path), FORMATS[loader][1:], defaultdict(dict)
-    split_of = re.compile(r"(?:.*_)?(train|val|test)(?:(?:_scenes)?\.json|\.lst|\.npz)?").fullmatch
+    """The paths, up to three folders down, by which a loader knows its scenes, of a split as `load`
+    has it; and what is still to be held back: "train", "test", None, or "named" where names told:
+    some are test or val, and others are not."""
+    path, marks, parts = Path(path), FORMATS[loader][1:], {}
+    part_of = re.compile(r"(.*?[_/])?(train|val|test)(_scenes)?(\.(json|lst|npz))?(/.*)?").fullmatch
     files = visible(path, *marks) or visible(
         path, *("*/" * down + mark for down in (1, 2, 3) for mark in marks))
     for file in files:
         # a scene's own folder may have any name; of CLEVR-567 a folder has many scenes
         folders = file.relative_to(path).parts[:-1 if loader == load_clevr567 else -2]
-        names = [name[1] for name in map(split_of, (file.name, *folders)) if name]
-        scene = file.with_stem(file.stem.removesuffix("_train"))    # a transforms_train.json takes
-        parts[(names or ["train"])[0]][scene] = file                # the place of NeRF's of all
+        name = part_of("/".join((file.name, *folders)))
+        scene = file.with_stem(file.stem.removesuffix("_train"))    # a transforms_train.json goes
+        parts.setdefault(name[2] if name else "train", {})[scene] = file    # before NeRF's of all
     if len(parts) < 2:
         whole = [file for part in parts.values() for file in part.values()]
-        return whole, None if split_of(path.name) else split
+        return whole, None if part_of(path.name) else split
     first, told = ("test", "named") if split == "test" else ("train", None)
     return list((parts.get(first) or parts["val"]).values()), told
 
 
 def hold_back(path, items, split, what="scenes"):
-    """Of a set without splits the last tenth of its scenes for "test", or every eighth of a single
-    scene's pictures, if they are six or more; the others for "train". And: are these held out?"""
+    """The items of a split of a set without splits, as `load` has it. And: are these held out?"""
     n = len(items)
     if not n:
         raise FileNotFoundError(f"there are no {what} in {path}")
@@ -388,8 +356,7 @@ def hold_back(path, items, split, what="scenes"):
         return items, split == "named"
     held = range(n - max(1, n // 10), n) if what == "scenes" else range(0, n, 8)
     print(f"{path} has no test split: {len(held)} of {n} {what} are held out", file=sys.stderr)
-    is_test = split == "test"
-    return [item for i, item in enumerate(items) if (i in held) == is_test], is_test
+    return [x for i, x in enumerate(items) if (i in held) == (split == "test")], split == "test"
 
 
 def parallel(job, items, what):
@@ -401,88 +368,70 @@ def parallel(job, items, what):
         return list(progress(pool.map(one, items), len(items), what))
 
 
-# ---- Data from files: pictures and cameras -----------------------------------------------------
-
 class Shot(NamedTuple):
     """A picture and the camera that took it."""
     picture: Path           # its file, or the name of `image`
     pose: object            # camera-to-world in OpenCV axes: an array, or the text file of one
-    lens: tuple             # fx, fy, cx, cy, width, height, in pixels of any size
+    focal: np.ndarray       # (2,) in widths and in heights of the picture
+    middle: np.ndarray = np.full(2, 0.5)    # (2,) the principal point, likewise
     mask: Path | None = None                # a file that takes the place of the picture's alpha
     image: np.ndarray | None = None         # the picture itself, where it has no file
 
-
-def half_view(shot):
-    """Half the side of a shot's largest square around the principal point, at depth 1."""
-    with named(shot.picture):
-        fx, fy, cx, cy, w, h = shot.lens
-        half = np.divide([cx, w - cx, cy, h - cy], [fx, fx, fy, fy]).min()
-        if not 5e-4 <= half <= 5e2:
-            raise ValueError("the crop with the principal point in the middle has a focal length "
-                             f"of {0.5 / half:.4g} widths, and not 0.001 to 1000")
-        return float(half)
+    @property
+    def half(self):
+        """Half the side of the largest square around the principal point, at depth 1."""
+        return np.min([self.middle, 1 - self.middle] / self.focal)
 
 
 def cube_scale(shots):
     """World units a cube unit, for a cube at the origin that is as wide as the pictures."""
-    return float(np.nanmedian([math.hypot(*shot.pose[:3, 3]) * half_view(shot)
-                               for shot in shots] or 0)) or 1.0
+    return float(np.nanmedian([math.hypot(*s.pose[:3, 3]) * s.half for s in shots] or 0)) or 1.0
 
 
 def read_shot(shot, half, scale, resolution, background):
     """A shot as models take it: its pose (4, 4) in cube units, and the square of its picture around
-    the principal point, uint8 (3, S, S), whose half side at depth 1 is `half`.
-
-    Pixels that are not square become so. ValueError where a model can't be trained with it.
-    """
+    the principal point, uint8 (3, S, S), whose half side at depth 1 is `half`; pixels that are not
+    square become so. ValueError where a model can't be trained with it."""
     pose = shot.pose.read_text("utf-8-sig").split() if isinstance(shot.pose, Path) else shot.pose
     pose = np.array(pose, float).ravel()[:12].reshape(3, 4)
     R, center = pose[:, :3], pose[:, 3] / scale
     error, distance = abs(R.T @ R - np.eye(3)).max(), np.linalg.norm(center)
-    if not (error < 1e-3 and np.linalg.det(R) > 0):
-        raise ValueError(f"the pose is not a rotation and a position (by {error:.2g})")
-    if not 1e-3 <= distance <= 1e3:
-        raise ValueError(f"the camera is {distance:.4g} cube units from the origin, and not 0.001 "
-                         "to 1000: other units?")
-    fx, fy, cx, cy, w, h = shot.lens
-    if shot.image is None:
-        image, method = open_picture(shot.picture, turn=False), Image.Resampling.LANCZOS
-    else:
-        image, method = Image.fromarray(shot.image).convert("RGBA"), Image.Resampling.BOX
-    if abs(image.width * h / (image.height * w) - 1) > 0.02:
-        raise ValueError(f"{image.width} x {image.height} pixels do not fit its camera's "
-                         f"{w:g} x {h:g}")
+    if not (error < 1e-3 and np.linalg.det(R) > 0 and 1e-3 <= distance <= 1e3):
+        raise ValueError(f"the camera is {distance:.4g} cube units from the origin, not 0.001 to "
+                         f"1000 (other units?), or its pose is not a rotation (by {error:.2g})")
+    in_file = shot.image is None
+    image = open_picture(shot.picture if in_file else Image.fromarray(shot.image), turn=False)
     if shot.mask:
         image.putalpha(open_picture(shot.mask, turn=False).convert("L"))
-    x, y, half_w, half_h = cx / w, cy / h, half * fx / w, half * fy / h
-    box = np.clip([x - half_w, y - half_h, x + half_w, y + half_h], 0, 1) * (image.size * 2)
-    image = flatten(image, background).resize((resolution, resolution), method, tuple(box))
+    reach = half * shot.focal
+    box = np.clip([shot.middle - reach, shot.middle + reach], 0, 1) * image.size
+    image = flatten(image, background).resize(
+        (resolution, resolution), Image.LANCZOS if in_file else Image.BOX, tuple(box.flat))
     return np.vstack([np.c_[R, center], [0, 0, 0, 1]]), np.moveaxis(np.array(image), 2, 0)
 
 
 def read_views(path, all_scenes, split, shots_of, scale, background=(1.0, 1.0, 1.0), scenes=None,
                views=None, resolution=64, seed=0, device="cpu"):
-    """`Views` of the first of `all_scenes`; shots_of(scene) lists the `Shot`s of one.
-
-    split: what is held back, as `find` has it. scale: world units a cube unit. Some views of many
-    are evenly spread, from a start that differs by scene: NMR's scenes share their cameras, and one
-    view of each would show one side of all. The crop is the largest that all pictures have room
-    for: a set has one focal. A line on stderr where z is not up, or cameras look away.
-    """
+    """`Views` of the first of `all_scenes`; shots_of(scene) lists the `Shot`s of one. split: what
+    is held back, as `find` has it. scale: world units a cube unit. Some views of many are evenly
+    spread, from a start that differs by scene: NMR's scenes share their cameras, and one view of
+    each would show one side of all. The crop is the largest that all pictures have room for: a set
+    has one focal. A line on stderr where z is not up, or cameras look away."""
     chosen, held_out = hold_back(path, all_scenes, split)
     shots = parallel(shots_of, chosen[:scenes], "scenes")
     if len(all_scenes) == 1:
         shots[0], held_out = hold_back(path, shots[0], split, "pictures")
     counts = [len(some) for some in shots]
-    if not min(counts):
-        raise FileNotFoundError(f"there are no pictures in {chosen[counts.index(0)]}")
     V = min(min(counts), views or math.inf)
+    if not V:
+        raise FileNotFoundError(f"there are no pictures in {chosen[counts.index(0)]}")
     if len(shots) < (scenes or 0) or V < (views or max(counts)):
         print(f"{path}: {len(shots)} scenes of {V} views are all there are", file=sys.stderr)
-    start = [mix(mix(seed) ^ i) if V < count else 0 for i, count in enumerate(counts)]
-    shots = [some[(start[i] + k * counts[i] // V) % counts[i]]
-             for i, some in enumerate(shots) for k in range(V)]
-    half = min(map(half_view, shots))
+    shots = [some[(mix(mix(seed) ^ i) * (V < count) + k * count // V) % count]
+             for i, (some, count) in enumerate(zip(shots, counts)) for k in range(V)]
+    half = float(np.min([shot.half for shot in shots], initial=1e9))    # NaN where any is
+    if not 5e-4 <= half <= 5e2:
+        raise ValueError(f"{path} has a focal length of {0.5 / half:.4g} widths, not 0.001 to 1000")
     poses, images = zip(*parallel(lambda shot: read_shot(
         shot, half, scale, resolution, background), shots, "pictures"))
     images = torch.from_numpy(np.stack(images)).float().div_(127.5).sub_(1)     # in place: many
@@ -498,7 +447,7 @@ def read_views(path, all_scenes, split, shots_of, scale, background=(1.0, 1.0, 1
                  torch.tensor(background), Path(path).name, scale, None, held_out).to(device)
 
 
-# ---- Data from files: the formats; `split` and `how` are as `load` has them ---------------------
+# ---- The formats; `split` and `how` are as `load` has them -------------------------------------
 
 SHAPENET_SCALE = 0.5        # how far objects reach from the origin, in the units of the files
 CLEVR_SCALE = 4.2           # for CLEVR, its objects and the shadows that our tracer gives them
@@ -508,36 +457,31 @@ FLIP = np.array([1, -1, -1, 1])         # OpenGL's axes of a camera to OpenCV's
 
 
 def load_srn(path, split=None, **how):
-    """`Views` of ShapeNet-SRN's cars or chairs [Sitzmann et al. 2019], on white.
-
-    path: a folder of `<id>/{intrinsics.txt, rgb/*.png, pose/*.txt}`, or of folders `*_train`,
-    `*_val`, `*_test` of such.
-    """
+    """`Views` of ShapeNet-SRN's cars or chairs [Sitzmann et al. 2019], on white. path: a folder of
+    `<id>/{intrinsics.txt, rgb/*.png, pose/*.txt}`, or of folders `*_{train,val,test}` of such."""
     def shots_of(rgb):
         numbers = (rgb.parent / "intrinsics.txt").read_text("utf-8-sig").split()[:10]
         f, cx, cy, _, _, _, _, _, h, w = map(float, numbers)
         if cx >= w:                     # an older archive states f, cx and cy for 512 pixels
             w, h = 2 * cx, 2 * cy
-        return [Shot(picture, rgb.parent / f"pose/{picture.stem}.txt", (f, f, cx, cy, w, h))
+        size = np.array([w, h])
+        return [Shot(picture, rgb.parent / f"pose/{picture.stem}.txt", f / size, (cx, cy) / size)
                 for picture in visible(rgb, "*.png")]
     return read_views(path, *find(path, load_srn, split), shots_of, SHAPENET_SCALE, **how)
 
 
 def load_nmr(path, split=None, **how):
     """`Views` of ShapeNet in NMR's renderings [Kato et al. 2018; Niemeyer et al. 2020], on white.
-
     path: a class's folder, of `softras_{train,val,test}.lst` and `<id>/{image/*.png, mask/*.png,
-    cameras.npz}`, or the folder of all classes. Scenes that a list names may be missing.
-    """
+    cameras.npz}`, or the folder of all classes. Scenes that a list names may be missing."""
     def shots_of(scene):
         shots, y_to_z_up = [], np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]])
-        masks = {file.name: file for file in visible(scene, "mask/*.png")}
         with np.load(scene / "cameras.npz", allow_pickle=False) as file:
             for i, picture in enumerate(visible(scene, "image/*.png")):
                 pose = np.linalg.inv([*file[f"world_mat_{i}"][:3], [0, 0, 0, 1]])
-                K = file[f"camera_mat_{i}"].astype(float)               # for pixels from -1 to 1
-                lens = K[0, 0], K[1, 1], K[0, 2] + 1, K[1, 2] + 1, 2, 2
-                shots.append(Shot(picture, y_to_z_up @ pose[:3], lens, masks.get(picture.name)))
+                K = file[f"camera_mat_{i}"][:2] / 2                     # for pixels from -1 to 1
+                shots.append(Shot(picture, y_to_z_up @ pose[:3], K.diagonal(), K[:, 2] + 0.5,
+                                  *visible(scene, f"mask/{picture.name}")))     # one, or none
         return shots
     files, split = find(path, load_nmr, split)
     listed = [file.parent / name for file in files if file.suffix == ".lst"
@@ -550,24 +494,22 @@ def load_clevr567(path, split=None, **how):
     """`Views` of CLEVR-567 [Yu et al. 2022], a flat folder of `*sc%04d*.png` and `*_RT.txt`. Its
     square pictures are squeezed from 4:3; the middle square of what they were is read."""
     files, split = find(path, load_clevr567, split)
-    shots, lens = defaultdict(list), (350 / 320, 350 / 240, 0.5, 0.5, 1, 1)
+    shots, focal = {}, np.array([350 / 320, 350 / 240])
     for pose in files:                                          # other pictures are masks
         picture = pose.with_name(pose.name.replace("_RT.txt", ".png"))
         scene = pose.parent / re.sub(r".*(sc\d+).*", r"\1", pose.name)
-        shots[scene].append(Shot(picture, pose, lens))
+        shots.setdefault(scene, []).append(Shot(picture, pose, focal))
     return read_views(path, list(shots.values()), split, list, CLEVR_SCALE, **how)
 
 
 def load_folder(path, split=None, scale=None, **how):
     """`Views` of your own pictures, by NeRF's `transforms.json` or `transforms_{train,test}.json`.
-
     path: that file, its folder, or a folder of such folders, each a scene. Keys: `frames`, of
     `file_path` and `transform_matrix` (camera-to-world, OpenGL axes), and `camera_angle_x`
     (radians) or `fl_x` (pixels), maybe `camera_angle_y`, `fl_y`, `cx`, `cy`, `w`, `h`, `mask_path`,
     for all or by frame; null is not given. scale: world units a cube unit; None makes the cube as
     wide as the pictures of the first training scene, at the origin. how: `background`, too, in
-    [-1, 1], on which alpha is laid.
-    """
+    [-1, 1], on which alpha is laid."""
     def locate(file, name):
         """The file of this name, which may lack its extension or have Windows' backslashes."""
         name = file.parent / name.replace("\\", "/")
@@ -579,14 +521,17 @@ def load_folder(path, split=None, scale=None, **how):
         model = "FISHEYE" if frame.get("is_fisheye") else frame.get("camera_model", "PINHOLE")
         if not re.fullmatch("(.*_)?(pinhole|perspective|opencv|radial)", model, re.I):
             raise ValueError(f"its camera is {model}, and no pinhole: undistort the pictures")
-        w, h = (frame["w"], frame["h"]) if {"w", "h"} <= {*frame} else Image.open(picture).size
-        angles = np.array([frame.get(f"camera_angle_{axis}", math.nan) for axis in "xy"])
-        focal = (w, h) / np.tan(angles / 2) / 2
-        focal = [frame.get(f"fl_{axis}", f) for axis, f in zip("xy", focal)]
+        stored = Image.open(picture).size
+        size = (frame["w"], frame["h"]) if {"w", "h"} <= {*frame} else stored
+        if abs(size[0] * stored[1] / (size[1] * stored[0]) - 1) > 0.02:
+            raise ValueError(f"its pixels are {stored}, and its camera's {size}: another shape")
+        angles, focal, middle = np.array([[frame.get(key + axis, math.nan) for axis in "xy"]
+                                          for key in ("camera_angle_", "fl_", "c")])
+        focal = np.where(np.isnan(focal), size / np.tan(angles / 2) / 2, focal)
         if np.isnan(focal).all() or (angles >= math.pi).any():
             raise ValueError("it has neither fl_x nor a camera_angle_x in radians, below pi")
-        fx, fy = np.where(np.isnan(focal), focal[::-1], focal)              # one stands for both
-        return fx, fy, frame.get("cx", w / 2), frame.get("cy", h / 2), w, h
+        focal = np.where(np.isnan(focal), focal[::-1], focal)               # one stands for both
+        return focal / size, np.where(np.isnan(middle), 0.5, middle / size)
 
     @cache
     def shots_of(file):
@@ -594,91 +539,76 @@ def load_folder(path, split=None, scale=None, **how):
         frames = [{key: value for key, value in (*capture.items(), *frame.items())
                    if value is not None} for frame in capture["frames"]]
         pictures = [locate(file, frame["file_path"]) for frame in frames]
-        if missing := [picture for picture in pictures if not picture.is_file()]:
-            print(f"{file}: {len(missing)} of {len(frames)} pictures are missing, such as "
-                  f"{missing[0]}", file=sys.stderr)
+        if missing := sum(not picture.is_file() for picture in pictures):
+            print(f"{file}: {missing} of {len(frames)} pictures are missing", file=sys.stderr)
         if any(frame.get(key) for frame in frames for key in ("k1", "k2", "k3", "k4", "p1", "p2")):
             print(f"{file}: lens distortion is not corrected", file=sys.stderr)
         return [Shot(picture, np.array(frame["transform_matrix"], float) * FLIP,
-                     lens_of(frame, picture),
+                     *lens_of(frame, picture),
                      locate(file, frame["mask_path"]) if "mask_path" in frame else None)
                 for frame, picture in zip(frames, pictures) if picture.is_file()]
-    if scale is None:
-        first = parallel(shots_of, find(path, load_folder, None)[0][:1], "scenes")
-        scale = cube_scale(sum(first, []))
+    first = parallel(shots_of, find(path, load_folder, None)[0][:1], "scenes")
+    scale = scale or cube_scale(sum(first, []))
     return read_views(path, *find(path, load_folder, split), shots_of, scale, **how)
 
 
-def load_npz(path, split=None, resolution=64, **how):
-    """`Views` of an .npz file, or of a folder of `train.npz` and `test.npz`.
-
-    Keys: `images` (N, V, S, S, 3) uint8, `poses` (N, V, 4, 4) in cube units, `focal` in image
-    widths, `background` (3,) uint8. Or as NeRF tutorials' `tiny_nerf_data.npz`, one scene on black:
-    images (V, H, W, 3) from 0 to 1, poses in OpenGL's axes, focal in pixels; the cube is as wide as
-    its pictures. Pictures are made smaller by area; ValueError for a larger resolution.
-    """
+def load_npz(path, split=None, **how):
+    """`Views` of an .npz file, or of a folder of `train.npz` and `test.npz`. Keys: `images`
+    (N, V, S, S, 3) uint8, `poses` (N, V, 4, 4) in cube units, `focal` in image widths, `background`
+    (3,) uint8. Or as NeRF tutorials' `tiny_nerf_data.npz`, one scene on black: images (V, H, W, 3)
+    from 0 to 1, poses in OpenGL's axes, focal in pixels; the cube is as wide as its pictures.
+    Pictures are made smaller by area; ValueError for a larger resolution."""
     files, split = find(path, load_npz, split)
     if len(files) != 1:
         raise ValueError(f"{path} has {len(files)} .npz files, and not one: name it")
-    file, = files
-    with named(file), np.load(file, allow_pickle=False) as arrays:
+    with named(files[0]), np.load(files[0], allow_pickle=False) as arrays:
         images, poses, focal = arrays["images"], arrays["poses"], float(arrays["focal"])
-        tiny = images.ndim == 4
-        color = np.zeros(3, np.uint8) if tiny else arrays["background"]
-        if tiny and images.dtype.kind == "f" and images.min() >= 0 and images.max() <= 1:
+        if tiny := images.ndim == 4 and images.max() <= 1:
             images, poses = np.uint8(np.rint(images * 255))[None], poses[None] * FLIP
-        shapes = (3,), (3,), (*images.shape[:2], 4, 4)
-        if not (images.dtype == color.dtype == np.uint8 and images.size
-                and (images.shape[4:], color.shape, poses.shape) == shapes):
+        color = np.zeros(3, np.uint8) if tiny else arrays["background"]
+        shapes = 5, "u1", (3,), (*images.shape[:2], 4, 4)
+        if (images.ndim, color.dtype, color.shape, poses.shape) != shapes:
             raise ValueError("images have to be uint8 (N, V, S, S, 3), or one scene's in [0, 1]; "
                              "poses (N, V, 4, 4), background uint8 (3,)")
         N, V, H, W, _ = images.shape
-        if resolution > min(H, W):
-            raise ValueError(f"its pictures are smaller than {resolution} x {resolution}")
-        fx = focal if tiny else focal * W
-        shots = [[Shot(f"{file}: images[{i}, {v}]", poses[i, v], (fx, fx, W / 2, H / 2, W, H),
-                       image=images[i, v]) for v in range(V)] for i in range(N)]
-        scale = cube_scale(shots[0]) if tiny else 1.0
-    return read_views(path, shots, split, list, scale, tuple((color / 127.5 - 1).tolist()),
-                      resolution=resolution, **how)
+        if how.get("resolution", 64) > min(H, W):
+            raise ValueError(f"its pictures are only {W} x {H}: ask for a lower resolution")
+        focal = np.array([1, W / H]) * (focal / W if tiny else focal)
+        shots = [[Shot(f"{files[0]}: images[{i}, {v}]", poses[i, v], focal, image=images[i, v])
+                  for v in range(V)] for i in range(N)]
+    scale = cube_scale(shots[0]) if tiny else 1.0
+    return read_views(path, shots, split, list, scale, (color / 127.5 - 1).tolist(), **how)
 
 
-def clevr_primitives(objects):
-    """A CLEVR scene for our tracer: kind (P,), to_world (P, 3, 4), color (P, 3), shine (P,)."""
-    rows = []
-    for o in objects:
-        x, y, z = (c / CLEVR_SCALE for c in o["3d_coords"])     # z is half the height: all stand
-        c, s = z * math.cos(o["rotation"]), z * math.sin(o["rotation"])
-        if not (z > 0 and all(abs(value) < 100 for value in (x, y, z, c))):
-            raise ValueError("an object is below the ground, or far away")
-        rows.append((CLEVR_SHAPES[o["shape"]], [[c, -s, 0, x], [s, c, 0, y], [0, 0, z, z]],
-                     CLEVR_COLORS[CLEVR_NAMES.index(o["color"])],
-                     0.35 * (o["material"] == "metal")))
-    return [torch.tensor(column) for column in zip(*rows)]
+def clevr_primitive(o):
+    """One of CLEVR's objects for our tracer: its kind, to_world (3, 4), color (3,) and shine."""
+    x, y, z = (c / CLEVR_SCALE for c in o["3d_coords"])         # z is half the height: all stand
+    c, s = z * math.cos(o["rotation"]), z * math.sin(o["rotation"])
+    if not (z > 0 and all(abs(value) < 100 for value in (x, y, z, c))):
+        raise ValueError("an object is below the ground, or far away")
+    return (CLEVR_SHAPES[o["shape"]], [[c, -s, 0, x], [s, c, 0, y], [0, 0, z, z]],
+            CLEVR_COLORS[CLEVR_NAMES.index(o["color"])], 0.35 * (o["material"] == "metal"))
 
 
 def load_clevr(path, split=None, scenes=None, views=None, resolution=64, seed=0, device="cpu"):
     """`Views` of CLEVR's layouts [Johnson et al. 2017] by our tracer, from the cameras of `clevr`.
-
-    path: the folder of `scenes/CLEVR_{train,val}_scenes.json`, such a file, or what CLEVR's
-    generator wrote: `CLEVR_scenes.json`. `subsets/clevr_cameras.py` makes an .npz of the pictures.
-    """
+    path: the folder of `scenes/CLEVR_{train,val}_scenes.json`, such a file, or the generator's own
+    `CLEVR_scenes.json`. `subsets/clevr_cameras.py` makes an .npz of the pictures."""
     files, split = find(path, load_clevr, split)
     if (Path(path) / "images").is_dir():
         print(f"{path}: pictures are not read, layouts are drawn", file=sys.stderr)
-    layouts = {}
+    layouts = []
     for file in files:
         with named(file):
-            layouts |= {f"{file}: scene {i}": scene["objects"] for i, scene in enumerate(
-                json.loads(file.read_text("utf-8-sig"))["scenes"]) if scene["objects"]}
-    chosen, held_out = hold_back(path, list(layouts), split)
-    rows = parallel(lambda scene: clevr_primitives(layouts[scene]), chosen[:scenes], "scenes")
-
-    def layouts_of(name, scenes, seed, start, device):
-        columns = (pad_sequence(column, True, EMPTY).to(device) for column in zip(*rows))
-        return Scenes(*columns, 0.0, SETS[name].background)
-    drawn = synthetic("clevr", len(rows), views or 1, resolution, seed, device,
-                      held_out=held_out, make=layouts_of)
+            layouts += [list(zip(*map(clevr_primitive, scene["objects"]))) for scene in
+                        json.loads(file.read_text("utf-8-sig"))["scenes"] if scene["objects"]]
+    chosen, held_out = hold_back(path, layouts, split)
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_value=EMPTY)
+    columns = [pad(list(map(torch.tensor, column))) for column in zip(*chosen[:scenes])]
+    drawn = synthetic(
+        "clevr", len(columns[0]), views or 1, resolution, seed, device, held_out=held_out,
+        make=lambda *_, device: Scenes(*(column.to(device) for column in columns), 0.0,
+                                       SETS["clevr"].background))
     return replace(drawn, name=files[0].stem, scale=CLEVR_SCALE)
 
 
@@ -698,19 +628,17 @@ FORMATS = {     # what it is called, and files or folders by which it is known
 def load(spec, scenes=None, views=None, resolution=64, split=None, seed=0, device="cpu"):
     """`Views` of a built-in set (1,000 scenes of one view unless told), of a set in subsets/, each
     by its name, or of a path, whose format it recognises and prints; None = all scenes, all views.
-
     split: None for all there is, of a set with splits its training part; "train" or "test" (or
     else `val`). A path that is a split itself is whole. Built-in sets have other scenes for "test".
     Of a set without splits the last tenth of the scenes is "test", at least one, or of a single
-    scene every eighth view where it has six or more; stderr says so.
-    """
+    scene every eighth view where it has six or more; stderr says so."""
     if split not in (None, "train", "test"):
         raise ValueError(f"split must be train or test, not {split!r}")
-    if not all(count is None or count >= 1 for count in (scenes, views, resolution)):
+    if any(count is not None and count < 1 for count in (scenes, views, resolution)):
         raise ValueError("scenes, views and resolution have to be at least 1")
     if spec in SETS:
-        return synthetic(spec, 1000 if scenes is None else scenes, 1 if views is None else views,
-                         resolution, seed, device, held_out=split == "test")
+        return synthetic(spec, scenes or 1000, views or 1, resolution, seed, device,
+                         held_out=split == "test")
     subsets = Path(__file__).resolve().parent / "subsets"
     names = [file.parent.name for file in subsets.glob("*/train.npz")]
     path = subsets / spec if spec in names else Path(spec)
@@ -726,8 +654,7 @@ def load(spec, scenes=None, views=None, resolution=64, split=None, seed=0, devic
 
 
 def test_views(config, scenes, views, device):
-    """`Views` of scenes of `config.data` that training leaves out, or None where there are none, or
-    a single view a scene, with which new views cannot be judged."""
+    """`Views` of `config.data` that training leaves out, or None where no scene has two of them."""
     held_out = load(config.data, scenes, max(2, views), config.resolution, "test", device=device)
     return held_out if held_out.held_out and held_out.images.shape[1] > 1 else None
 
@@ -737,11 +664,9 @@ AHEAD = {"cuda": 64}                # steps' scenes traced at once: tracing wait
 
 def training_pictures(config, device, rank=0, world=1):
     """What one of `world` processes trains on: draw(step) -> images (B, 3, S, S), poses (B, 4, 4);
-    and the set's cameras, a dict of focal, background, radius and elevation (low, high).
-
-    With `config.scenes` = 0 a built-in set has new scenes for ever, but the same by the same seed.
-    The pictures of a fixed set are on `device`, and come in random order by torch's generator.
-    """
+    and the set's cameras, a dict of focal, background, radius and elevation (low, high). With
+    `config.scenes` = 0 a built-in set has new scenes for ever, but the same by the same seed. The
+    pictures of a fixed set are on `device`, and come in random order by torch's generator."""
     B, S, built_in = config.batch, config.resolution, SETS.get(config.data)
     fresh, ahead = built_in and config.scenes == 0, AHEAD.get(torch.device(device).type, 1)
     views = load(config.data, 1 if fresh else config.scenes or None, config.views, S, "train",
@@ -785,11 +710,9 @@ def mix(x):
 
 
 class Sketch:
-    """N scenes in the making: random numbers, and the primitives that are added to all or some.
-
-    A number is a hash of (seed, stream, scene, which number): scene i of a seed is the same
-    whatever the batch, the order or the device.
-    """
+    """N scenes in the making: random numbers, and the primitives that are added to all or some. A
+    number is a hash of (seed, stream, scene, which number): scene i of a seed is the same whatever
+    the batch, the order or the device."""
 
     def __init__(self, seed, scene, stream=0):
         self.key, self.count, self.parts = mix(mix(mix(seed) ^ stream) ^ mix(scene)), 0, []
@@ -814,10 +737,8 @@ class Sketch:
 
     def add(self, kind, center, half, color, present=True, shine=0.0,
             x=(1, 0, 0), y=(0, 1, 0), z=(0, 0, 1)):
-        """A unit primitive, stretched by `half` along the axes x, y and z, put at `center`.
-
-        Slanted axes shear it. All are numbers or (N,) tensors in tuples; color may be (N, 3).
-        """
+        """A unit primitive, stretched by `half` along the axes x, y and z, put at `center`. Slanted
+        axes shear it. All are numbers or (N,) tensors in tuples; color may be (N, 3)."""
         axes = torch.stack([self.columns(*a) for a in (x, y, z)], -1) * self.columns(*half)[:, None]
         to_world = torch.cat([axes, self.columns(*center)[..., None]], -1)              # (N, 3, 4)
         self.parts.append((torch.where((self.key >= 0) & present, kind, EMPTY), to_world,
@@ -825,11 +746,8 @@ class Sketch:
                            self.columns(shine)[:, 0]))
 
     def wing(self, root, tip, chords, thick, color, present=True, shine=0.0):
-        """A slab that tapers from one chord (along x) around `root` to a smaller around `tip`.
-
-        It is the union of three sheared boxes, without gaps where the chords' ratio is at most
-        three; `thick` is half its thickness, as a vector.
-        """
+        """A slab that tapers from one chord (along x) around `root` to a smaller around `tip`, in
+        three sheared boxes: no gaps up to a ratio of three. `thick` (3,) is half its thickness."""
         for shift in (-0.5, 0, 0.5):
             ends = [(end[0] + shift * (chord - chords[1]), *end[1:])
                     for end, chord in zip((root, tip), chords)]
@@ -929,7 +847,7 @@ def build_chairs(s, ground):
     add, draw, base, back = s.add, s.draw, s.row([0, 0, 0, 1, 2, 3]), s.row(range(4))
     frame, (legs, star, disc, block) = s.row(CLOTH), (base == i for i in range(4))
     d, w, up, high = draw(0.32, 0.42), draw(0.32, 0.44), draw(0.55, 0.72), draw(0.50, 0.75)
-    cloth, metal = (s.either(0.6, frame, s.row(table)) for table in (CLOTH, [STEEL]))
+    cloth, tube = (s.either(0.6, frame, s.row(table)) for table in (CLOTH, [STEEL]))
     thin, splay, thick = draw(0.025, 0.05), draw(-0.02, 0.14), torch.where(block, 0.12, 0.045)
     is_round, leg = (draw() < 0.2) & ~block, torch.where(thin < 0.0375, CYLINDER, BOX)
     seat, middle, cushion = ground + up, ground + up / 2, (draw() < 0.4) & ~is_round | block
@@ -938,13 +856,12 @@ def build_chairs(s, ground):
     add(BOX, (0.02, 0, seat + 0.06), (0.86 * d, 0.86 * w, 0.035), cloth, cushion)
     add(BOX, (0, 0, middle + 0.03), (d, w, up / 2 - 0.03), frame, block)
     for x, y in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
-        add(leg, (x * (d - 0.06), y * (w - 0.06), middle), (thin, thin, up / 2), metal, legs,
+        add(leg, (x * (d - 0.06), y * (w - 0.06), middle), (thin, thin, up / 2), tube, legs,
             z=(-x * splay, -y * splay, 1))
-    add(CYLINDER, (0, 0, middle), (0.05, 0.05, up / 2), metal, star | disc, 0.3)
-    add(CYLINDER, (0, 0, ground + 0.02), (0.3, 0.3, 0.02), metal, disc, 0.3)
+    add(CYLINDER, (0, 0, middle), (0.05, 0.05, up / 2), tube, star | disc, 0.3)
+    add(CYLINDER, (0, 0, ground + 0.02), (0.3, 0.3, 0.02), tube, disc, 0.3)
     for c, s in ((1, 0), (0.5, 0.866), (-0.5, 0.866)):
-        add(BOX, (0, 0, ground + 0.05), (0.36, 0.035, 0.03), metal, star, 0.3, (c, s, 0),
-            (-s, c, 0))
+        add(BOX, (0, 0, ground + 0.05), (0.36, 0.035, 0.03), tube, star, 0.3, (c, s, 0), (-s, c, 0))
 
     # Backs: a panel, an oval one, upright slats, cross slats; the last two between posts and a rail
     lean, upright, slats = draw(0, 0.25), back == 2, (back >= 2) & ~block
@@ -1011,10 +928,9 @@ def build_planes(s, ground):
         add(BOX, (L, 0, z), half, BLACK, propeller)
 
 
-@dataclass
-class BuiltIn:
+class BuiltIn(NamedTuple):
     """A built-in set; its cameras look at the origin from all azimuths."""
-    build: Callable             # adds the primitives of scenes: build(sketch, ground)
+    build: object               # adds the primitives of scenes: build(sketch, ground)
     ground: float               # height of the ground plane
     background: tuple           # colour of the lit ground, in [0, 1]
     elevation: tuple            # of the cameras: lowest and highest, in degrees
@@ -1047,20 +963,15 @@ def random_scenes(name, scenes, seed=0, start=0, device="cpu"):
     return Scenes(*columns, set_.ground, set_.background)
 
 
-def synthetic(name, scenes, views=1, resolution=64, seed=0, device="cpu", start=0, samples=2,
-              depth=True, held_out=False, make=random_scenes):
-    """`Views` of scenes start..start+scenes-1 of a built-in set, from random cameras.
-
-    Scene i and its view v are the same whatever else is asked for. samples: anti-aliasing by
-    samples x samples rays a pixel. Without `depth`, which takes time, `Views.depth` is None.
-    held_out: scenes that no training sees. make: gives the `Scenes`, as `random_scenes` does.
-    """
-    if min(scenes, views, resolution, samples) < 1:
-        raise ValueError("scenes, views, resolution and samples have to be at least 1")
+def synthetic(name, scenes, views=1, resolution=64, seed=0, device="cpu", start=0, depth=True,
+              held_out=False, make=random_scenes):
+    """`Views` of scenes start..start+scenes-1 of a built-in set, from random cameras. Scene i and
+    its view v are the same whatever else is asked for. Without `depth`, which takes time, it is
+    None. held_out: scenes that no training sees. make: gives the `Scenes`, as `random_scenes`."""
     set_, where = SETS[name], "cpu" if torch.device(device).type == "mps" else device
     seed = -1 - seed if held_out else seed
     poses = random_poses(name, scenes, views, seed, start, where)
-    images, depths = trace(make(name, scenes, seed, start, where), poses, set_.focal, resolution,
-                           samples, depth)
+    images, depths = trace(make(name, scenes, seed, start, device=where), poses, set_.focal,
+                           resolution, depth=depth)
     background = torch.tensor(set_.background) * 2 - 1
     return Views(images, poses, set_.focal, background, name, 1.0, depths, held_out).to(device)
