@@ -817,14 +817,11 @@ VERSION, SHIPPED = 2, Path(__file__).resolve().parent / "checkpoints"
 def check_config(config):
     """ValueError, one sentence, for the first field of a dataclass that cannot be."""
     for field in dataclasses.fields(config):
-        value, limits = getattr(config, field.name), field.metadata
-        least, most, among = limits.get("least", -1e9), limits.get("most", 1e9), limits.get("among")
-        kinds = {float: (int, float), tuple: (list, tuple)}.get(field.type, field.type)
-        fits = isinstance(value, kinds) and (limits or np.size(value) == np.size(field.default))
-        if fits and field.type is not str:
-            fits = all(least <= number <= most for number in np.ravel(value))
-        if value is not field.default and not (fits and value in (among or [value])):
-            wanted = f"one of {among}" if among else f"{field.type.__name__}, {least:g} to {most:g}"
+        limits, value = field.metadata or option(0, "", -1e9).metadata, getattr(config, field.name)
+        _, least, most, among = limits.values()
+        numbers = [] if value is None or field.type is str else np.ravel(value)
+        if not all(least <= n <= most for n in numbers) or value not in (among or [value]):
+            wanted = f"one of {among}" if among else f"from {least:g} to {most:g}"
             raise ValueError(f"{field.name} must be {wanted}, not {value!r}")
     if getattr(config, "unet_channels", 0) % 16:
         raise ValueError(f"unet_channels must be a multiple of 16, not {config.unet_channels}")

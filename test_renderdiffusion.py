@@ -121,13 +121,13 @@ def same(a, b):
 # Configuration ----------------------------------------------------------------------------------
 
 BAD_FIELDS = dict(
-    data=(3,), scenes=(-1,), views=(0,), resolution=(8, 48, 512), plane_size=(8, 40),
+    scenes=(-1,), views=(0,), resolution=(8, 48, 512), plane_size=(8, 40),
     plane_channels=(0,), unet_channels=(0, 24), unet_blocks=(0,), mlp_hidden=(0,), fold=(-1,),
     samples=(0,), fine_samples=(-1,), timesteps=(0,), schedule=("cos",), loss=("huber",),
     clean_share=(-0.1, 1.1, math.nan), other_side=(2.0,), other_side_from=(math.nan,),
-    batch=(0, 2.5, "4"), rays=(0,), steps=(0, math.nan), minutes=(-1.0, math.inf),
-    lr=(0.0, -1.0, math.nan), seed=(-1,), resume=("yes",), focal=(math.nan, "wide"),
-    background=((0.0, 0.0), (0.0, 0.0, math.nan)), radius=(math.inf,), elevation=((0.0, math.nan),))
+    batch=(0,), rays=(0,), steps=(0, math.nan), minutes=(-1.0, math.inf),
+    lr=(0.0, -1.0, math.nan), seed=(-1,), focal=(math.nan,), background=((0.0, 0.0, math.nan),),
+    radius=(math.inf,), elevation=((0.0, math.nan),))
 
 
 @pytest.mark.parametrize("name", BAD_FIELDS)
