@@ -827,11 +827,6 @@ def check_config(config):
         raise ValueError(f"unet_channels must be a multiple of 16, not {config.unet_channels}")
 
 
-def one_line(error):
-    """What an error says, shortened: what fits into one sentence."""
-    return " ".join(str(error).split())[:300]
-
-
 def writable(folder):
     """Make a folder; OSError now, before the work, where nothing can be written to it."""
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -866,7 +861,7 @@ def save_checkpoint(path, model, training=None):
 
 def load_checkpoint(name_or_path, device="cpu"):
     """The averaged model in eval mode, with `.config`, from a file or a name in checkpoints/;
-    ValueError or OSError, one sentence, where there is none that fits."""
+    ValueError or OSError where there is none that fits."""
     shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.pt"))}
     path = shipped.get(str(name_or_path), Path(name_or_path))
     if not path.is_file():
@@ -887,8 +882,7 @@ def load_checkpoint(name_or_path, device="cpu"):
         model = RenderDiffusion(config)
         model.load_state_dict(weights)
     except Exception as error:                      # torch.load alone raises a dozen kinds
-        raise ValueError(f"{path} is no checkpoint that fits this program, or is damaged: "
-                         f"{one_line(error)}") from None
+        raise ValueError(f"{path} is no checkpoint that fits this program, or is damaged: {error}")
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -972,7 +966,7 @@ class Journal:
             try:
                 self.judge(f"{step},{minutes:.2f},{mean:.5f}")
             except OSError as error:
-                print(f"warning: {one_line(error)}; training goes on", file=sys.stderr)
+                print(f"warning: {error}; training goes on", file=sys.stderr)
             self.saved = time.time()
         self.losses, self.logged = [], time.time()
 
@@ -1004,7 +998,7 @@ def pick_device(name):
             F.grid_sample(planes, planes.new_zeros(1, 2, 2, 2), align_corners=True).sum().backward()
             return torch.device(kind)               # without a number: "cuda" is this process's
         except Exception as error:                  # each kind of device has its own
-            said = f"device {name!r} cannot be used: {one_line(error)}"
+            said = f"device {name!r} cannot be used: {error}"
     raise ValueError(said)
 
 
@@ -1021,7 +1015,7 @@ def compile_unet(model):
     try:
         torch.compile(torch.sin)(model.background)
     except Exception as error:                      # of torch's compilers, each has its own
-        raise ValueError(f"--compile finds no working compiler: {one_line(error)}") from None
+        raise ValueError(f"--compile finds no working compiler: {error}") from None
     model.unet.compile()
 
 
@@ -1340,7 +1334,8 @@ def main(argv=None):
         if made := COMMANDS[command][0](model, args):           # rows of pictures, and planes
             finish(model, args.out, command, *made)
     except (ValueError, OSError, FloatingPointError, KeyboardInterrupt, RuntimeError) as error:
-        said = one_line(error) or "stopped; a training goes on from its last save by --resume"
+        said = " ".join(str(error).split())[:300]   # of torch's errors the first lines will do
+        said = said or "stopped; a training goes on from its last save by --resume"
         if isinstance(error, RuntimeError):         # of the CPU, and torch's own of a GPU
             if "memory" not in said:
                 raise
