@@ -882,27 +882,21 @@ def load_checkpoint(name_or_path, device="cpu"):
 
 
 def resume(path, model, ema, optimizer):
-    """Fill these three from a training's checkpoint -> its step and seconds; ValueError, one
-    sentence, for what cannot be gone on with."""
+    """Fill these three from a training's checkpoint -> its step and seconds; ValueError for weights
+    alone, for those of another set or model, and for a training that is at its end."""
     saved, state = load_checkpoint(path), torch.load(path, map_location="cpu", weights_only=True)
-    try:
-        if "optimizer" not in state:
-            raise ValueError("it holds weights alone: begin a training with them by --init")
-        for field in dataclasses.fields(Config)[:14]:           # data, model, T and schedule
-            if (its := getattr(saved.config, field.name)) != getattr(model.config, field.name):
-                raise ValueError(f"it was trained with {field.name} = {its!r}")
-        ema.load_state_dict(saved.state_dict())
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        for weight, averages in optimizer.state.items():        # whose shapes torch does not check
-            if any(averages[name].shape != weight.shape for name in ("exp_avg", "exp_avg_sq")):
-                raise ValueError("its optimizer's averages do not fit its weights")
-        step, seconds = int(state["step"]), float(state["seconds"])
-        if not progress_of(model.config, step, seconds) < 1:    # NaN, too
-            raise ValueError(f"it has had its {step} steps, {seconds / 60:.1f} minutes: give more")
-        return step, seconds
-    except Exception as error:                      # torch raises half a dozen kinds
-        raise ValueError(f"{path} cannot be gone on with: {one_line(error)}") from None
+    if "optimizer" not in state:
+        raise ValueError(f"{path} holds weights alone: begin a training with them by --init")
+    for field in dataclasses.fields(Config)[:14]:               # data, model, T and schedule
+        if (its := getattr(saved.config, field.name)) != getattr(model.config, field.name):
+            raise ValueError(f"{path} was trained with {field.name} = {its!r}")
+    step, seconds = state["step"], state["seconds"]
+    if progress_of(model.config, step, seconds) >= 1:
+        raise ValueError(f"{path} has had {step} steps, {seconds / 60:.1f} minutes: give more")
+    ema.load_state_dict(saved.state_dict())
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return step, seconds
 
 
 @torch.no_grad()

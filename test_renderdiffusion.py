@@ -1150,10 +1150,7 @@ def test_spoilt_foreign_and_hostile_checkpoints_are_refused(trained, tmp_path):
 
 
 UNFIT = {       # a part of the checkpoint that a training would go on from, and what it is instead
-    "version": 1, "optimizer": None, "optimizer.param_groups": [[]], "step": None, "seconds": None,
-    "optimizer.state": {0: dict.fromkeys(["step", "exp_avg", "exp_avg_sq"], torch.zeros(1))},
-    "model": {}, "config.fold": 0, "config.data": "cars",
-    "model.mlp.layers.0.weight": torch.zeros(1).expand(2 ** 20, 2 ** 20)}
+    "version": 1, "config.fold": 0, "config.data": "cars", "step": 6}
 
 
 @pytest.mark.parametrize("where", UNFIT)
