@@ -750,21 +750,18 @@ def ssim(a, b):
     maps = torch.stack([a, b, a * a, b * b, a * b]).flatten(0, 2)[:, None]     # (15 B, 1, S, S)
     maps = F.conv2d(F.conv2d(maps, window.view(1, 1, 1, 11)), window.view(1, 1, 11, 1))
     mean_a, mean_b, aa, bb, ab = maps.view(5, len(a), -1)                      # (B, 3 (S-10)^2)
-    similarity = ((2 * mean_a * mean_b + 1e-4) / (mean_a ** 2 + mean_b ** 2 + 1e-4)
-                  * (2 * (ab - mean_a * mean_b) + 9e-4)
-                  / (aa - mean_a ** 2 + bb - mean_b ** 2 + 9e-4))
-    return similarity.mean(1)
+    product, squares = mean_a * mean_b, mean_a ** 2 + mean_b ** 2
+    return ((2 * product + 1e-4) / (squares + 1e-4)
+            * (2 * (ab - product) + 9e-4) / (aa + bb - squares + 9e-4)).mean(1)
 
 
 @torch.no_grad()
 def evaluate(model, views, t_r=0):
     """Reconstruct view 0 of each scene, compare with all views -> dict of psnr (dB) and ssim.
 
-    Keys: input (view 0), novel (the others), and for the novel views what needs no 3D at all:
-    baseline_mean_image (of these views), baseline_input_copied. ValueError for one view a scene.
+    Keys: input (view 0); of more than one view novel (the others), and for these what needs no 3D
+    at all: baseline_mean_image (of all the views), baseline_input_copied.
     """
-    if views.images.shape[1] < 2:
-        raise ValueError("evaluation needs at least 2 views a scene: the input and a novel one")
     scores, mean_image = {}, views.images.flatten(0, 1).mean(0)
     parts = [views[i:i + 8] for i in range(0, len(views), 8)]
     for some in progress(parts, len(parts), "scenes by eights"):
@@ -801,11 +798,10 @@ def find_poses(model, images, masks=None):
         target, weight = (F.adaptive_avg_pool2d(x, min(S, side)) for x in (images, known))
         candidates = best + offsets.to(images)[:, None]                        # (K, B, 2)
         candidates[..., 1].clamp_(low, high)
-        errors = []
-        for angles in progress(candidates, len(candidates), "cameras"):
-            shown = model.render(planes, orbit(*angles.T, radius), resolution=min(S, side))[0]
-            errors.append((weight * (shown - target).square()).mean((1, 2, 3)))
-        best = candidates[torch.stack(errors).argmin(0), torch.arange(len(images))]
+        shown = (model.render(planes, orbit(*angles.T, radius), resolution=min(S, side))[0]
+                 for angles in progress(candidates, len(candidates), "cameras"))
+        errors = torch.stack([(weight * (x - target) ** 2).mean((1, 2, 3)) for x in shown])
+        best = candidates[errors.argmin(0), torch.arange(len(images))]
     return orbit(*best.T, radius)
 
 
