@@ -1098,21 +1098,19 @@ def save_turntable(path, model, planes, frames=20):
 @torch.no_grad()
 def surface_points(model, planes, poses, resolution=64):
     """Where rays from poses (V, 4, 4) are mostly stopped by one scene's planes (1, 3, C, N, N):
-    points, unit normals and colours in [0, 1], each (P, 3).
-    """
+    points, unit normals and colours in [0, 1], each (P, 3)."""
     parts = []
     for pose in progress(poses.to(planes), len(poses), "surface"):
         origins, directions = camera_rays(pose[None], model.config.focal, resolution)
         far = ray_interval(origins, directions)[1]
         _, depth, opacity = model.march(planes, origins, directions)
         t = (depth - (1 - opacity) * far) / opacity.clamp(min=1e-3)     # of what is stopped
-        points = (origins + t[..., None] * directions)[opacity > 0.5][None]    # (1, P, 3)
-        with torch.inference_mode(False), torch.enable_grad():
-            points = points.clone().requires_grad_()
-            density, color = model.mlp(points, sample_triplanes(planes.clone(), points))
-            normal = -torch.autograd.grad(density.sum(), points)[0]            # out of the matter
-        parts.append(torch.stack([points.detach(), F.normalize(normal, dim=-1), color.detach()]))
-    return torch.cat(parts, dim=2)[:, 0]                                       # (3, P, 3)
+        parts.append((origins + t[..., None] * directions)[opacity > 0.5])
+    with torch.inference_mode(False), torch.enable_grad():
+        points = torch.cat(parts)[None].requires_grad_()                       # (1, P, 3)
+        density, color = model.mlp(points, sample_triplanes(planes.clone(), points))
+        normal = -torch.autograd.grad(density.sum(), points)[0]                # out of the matter
+    return points[0].detach(), F.normalize(normal[0], dim=-1), color[0].detach()
 
 
 def save_ply(path, points, normals, colors):
