@@ -1225,10 +1225,9 @@ def run_evaluate(model, args):
     views = load(args.data or model.config.data, args.scenes, args.views, model.config.resolution,
                  "test", args.seed, model.background.device)
     for t_r in args.t_r:
-        scores = evaluate(model, views, t_r)
-        print(json.dumps(scores) if args.json else f"t_r = {t_r}\n" + "\n".join(
-            f"{key:22s} {score['psnr']:6.2f} dB PSNR  {score['ssim']:.3f} SSIM"
-            for key, score in scores.items()))
+        print(f"t_r = {t_r}")
+        for key, score in evaluate(model, views, t_r).items():
+            print(f"{key:22s} {score['psnr']:6.2f} dB PSNR  {score['ssim']:.3f} SSIM")
 
 
 def run_train(typed):
@@ -1265,7 +1264,6 @@ class Options:
     data: str = option(None, "a built-in set, a name in subsets/ or a path; else the model's own")
     scenes: int = option(64, "held-out scenes", 1)
     views: int = option(5, "of a scene: the input and novel ones", 2)
-    json: bool = option(False, "print one JSON object")
 
 
 COMMON = "checkpoint out seed device "
@@ -1275,7 +1273,7 @@ COMMANDS = {        # what runs them, and what they take; `train`: all fields of
     "generate": (run_generate, COMMON + "count steps eta"),
     "reconstruct": (run_reconstruct, COMMON + "count steps image fit azimuth elevation t_r"),
     "inpaint": (run_inpaint, COMMON + "count steps image fit azimuth elevation mask fillings"),
-    "evaluate": (run_evaluate, COMMON + "data scenes views t_r json"),
+    "evaluate": (run_evaluate, COMMON + "data scenes views t_r"),
     "export": (run_export, COMMON + "count image fit")}
 GROUPS = {"data": "data", "plane_size": "model", "timesteps": "diffusion", "batch": "training"}
 

@@ -1283,7 +1283,7 @@ TRAIN = shlex.split(" ".join(f"--{k.replace('_', '-')} {v}" for k, v in TINY.ite
 COMMANDS = {        # small ones
     "demo": "", "train": " ".join(TRAIN), "generate": "--count 2 --steps 3",
     "reconstruct": "--count 3 --t-r 0 40 --steps 3", "inpaint": "--count 2 --steps 3 --fillings 2",
-    "evaluate": "--scenes 3 --views 2 --json", "export": "--count 1"}
+    "evaluate": "--scenes 3 --views 2", "export": "--count 1"}
 
 
 @pytest.fixture
@@ -1344,7 +1344,8 @@ def test_each_command_runs_and_names_what_it_wrote(command, desk, capsys):
         ("new", "folder")}
     if command == "evaluate":
         expected = evaluate(load_checkpoint("tiny.pt"), load("clevr1", 3, 2, 16, "test"))
-        assert json.loads(said) == {k: pytest.approx(v, abs=1e-3) for k, v in expected.items()}
+        for key, score in expected.items():
+            assert re.search(rf"{key} +{score['psnr']:.2f} dB PSNR  {score['ssim']:.3f} SSIM", said)
         return
     assert {path.suffix for path in written} == {
         "train": {".pt", ".png", ".csv"}, "export": {".ply"}}.get(command, {".png", ".gif"})
