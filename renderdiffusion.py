@@ -1155,14 +1155,13 @@ def run_generate(model, args):
 def run_reconstruct(model, args):
     """3D from one picture, seen from its own camera and from others, beside the truth if known."""
     images, poses = input_pictures(model, args)
-    rows, reconstructions = {}, {}
-    for t_r in args.t_r:
-        mark = f", t_r = {t_r}" * (len(args.t_r) > 1)
-        reconstructions[mark] = reconstruct(model, images[0], poses[0], t_r, args.steps, args.seed)
+    rows, scenes = {}, [reconstruct(model, images[0], poses[0], t_r, args.steps, args.seed)
+                        for t_r in args.t_r]
     for v, (truth, pose) in enumerate(zip(images[:3], poses)):
         rows[f"side {v}, truth" if v else "input"] = truth
-        for mark, planes in reconstructions.items():
-            rows[(f"side {v}" if v else "reconstructed") + mark] = show(model, planes, pose)[0]
+        for t_r, planes in zip(args.t_r, scenes):
+            label = (f"side {v}" if v else "reconstructed") + f", t_r = {t_r}" * (len(scenes) > 1)
+            rows[label] = show(model, planes, pose)[0]
     angles = () if images[1:] else (40, 80, 160, 240)
     return rows | views_around(model, planes, poses[0], angles), planes
 
@@ -1170,14 +1169,12 @@ def run_reconstruct(model, args):
 def run_inpaint(model, args):
     """Fill the masked part of a picture, and look at the result from other sides."""
     S = model.config.resolution
-    masks = torch.ones(1, 1, S, S, device=model.background.device)
-    if args.mask is None:
-        masks[..., :S * 9 // 16, :] = 0         # the upper half, of most objects too
+    if args.mask is None:                       # the upper half, of most objects too
+        mask = (torch.arange(S) >= S * 9 // 16).float().view(1, S, 1).expand(1, S, S)
     else:
-        size = args.image and open_picture(args.image).size
-        masks[:] = read_mask(args.mask, S, size, args.fit)
-    (images, *_), (poses, *_) = input_pictures(model, args, masks)
-    masks = masks.expand(len(images), -1, -1, -1)
+        mask = read_mask(args.mask, S, args.image and open_picture(args.image).size, args.fit)
+    (images, *_), (poses, *_) = input_pictures(model, args, mask[None])
+    masks = mask.to(images).expand(len(images), 1, S, S)
     rows = {"input": images, "hidden in part": images * masks - 0.5 * (1 - masks)}
     for k in range(args.fillings):
         filled, planes = inpaint(model, images, masks, poses, args.steps or 20, seed=args.seed + k)
