@@ -768,9 +768,8 @@ def evaluate(model, views, t_r=0):
         planes = reconstruct(model, some.images[:, 0], some.poses[:, 0], t_r)
         for v, (truth, poses) in enumerate(zip(some.images.unbind(1), some.poses.unbind(1))):
             shown = model.render(planes, poses, focal=views.focal)[0]
-            guesses = {"input": shown} if v == 0 else {
-                "novel": shown, "baseline_mean_image": mean_image.expand_as(truth),
-                "baseline_input_copied": some.images[:, 0]}
+            guesses = {"novel": shown, "baseline_mean_image": mean_image.expand_as(truth),
+                       "baseline_input_copied": some.images[:, 0]} if v else {"input": shown}
             for key, guess in guesses.items():
                 pair = to_unit(guess), to_unit(truth)
                 scores.setdefault(key, []).append(torch.stack([psnr(*pair), ssim(*pair)]))
@@ -1088,9 +1087,8 @@ def save_grid(path, rows):
 
 def save_turntable(path, model, planes, frames=20):
     """Write a GIF of all planes (B, ...) side by side, turning once round."""
-    strips = [np.concatenate(list(to_bytes(show(model, planes, pose)[0])), axis=1)
-              for pose in progress(turn_poses(model, 0, frames), frames, "turntable")]
-    first, *others = map(Image.fromarray, strips)
+    first, *others = [Image.fromarray(np.hstack(to_bytes(show(model, planes, pose)[0])))
+                      for pose in progress(turn_poses(model, 0, frames), frames, "turntable")]
     write(path, lambda file: first.save(file, format="GIF", save_all=True, loop=0, duration=80,
                                         append_images=others))
 
@@ -1211,9 +1209,8 @@ def run_export(model, args):
         planes = reconstruct(model, image[None].to(model.background.device))
     poses = torch.cat([orbit(torch.arange(0, 360, 30.0), elevation, config.radius)
                        for elevation in (-20.0, 20.0, 60.0)])
-    for i in range(len(planes)):
-        path = Path(args.out) / f"export_{i + 1}.ply"
-        save_ply(path, *surface_points(model, planes[i:i + 1], poses))
+    for i, scene in enumerate(planes.split(1), 1):
+        save_ply(path := Path(args.out) / f"export_{i}.ply", *surface_points(model, scene, poses))
         print(f"wrote {path}")
 
 
