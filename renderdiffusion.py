@@ -856,12 +856,9 @@ def save_checkpoint(path, model, training=None):
 
 def load_checkpoint(name_or_path, device="cpu"):
     """The averaged model in eval mode, with `.config`, from a file or a name in checkpoints/;
-    ValueError or OSError where there is none that fits."""
+    ValueError where there is none that fits."""
     shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.pt"))}
-    path = shipped.get(str(name_or_path), Path(name_or_path))
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}; train one, or name one: "
-                                f"{', '.join(shipped)}")
+    path = shipped.get(str(name_or_path), name_or_path)
     try:
         with ZipFile(path) as file:
             if file.testzip():                      # torch does not look at the check sums
@@ -872,7 +869,8 @@ def load_checkpoint(name_or_path, device="cpu"):
         model = RenderDiffusion(Config(**state["config"]))
         model.load_state_dict(state["weights"])
     except Exception as error:                      # torch.load alone raises a dozen kinds
-        raise ValueError(f"{path} is no checkpoint that fits this program, or is damaged: {error}")
+        raise ValueError(f"{path} is no checkpoint that fits this program, nor one of "
+                         f"{', '.join(shipped)}: {error}") from None
     return model.to(device).eval().requires_grad_(False)
 
 

@@ -1145,7 +1145,7 @@ def test_spoilt_foreign_and_hostile_checkpoints_are_refused(trained, tmp_path):
         with pytest.raises(ValueError, match=rf"\A.*\bodd\.pt.*{words}"):
             load_checkpoint(path)
     assert not (tmp_path / "ran").exists()
-    with pytest.raises(FileNotFoundError, match="nowhere.*one: .*cars"):
+    with pytest.raises(ValueError, match="nowhere.*one of .*cars.*No such file"):
         load_checkpoint(tmp_path / "nowhere.pt")
 
 
@@ -1155,14 +1155,14 @@ UNFIT = {       # a part of the checkpoint that a training would go on from, and
 
 @pytest.mark.parametrize("where", UNFIT)
 def test_a_training_does_not_go_on_from_what_does_not_fit(where, trained, tmp_path):
-    """One sentence that names the file, which stays as it is."""
+    """It is named, and stays as it is."""
     path, (top, _, key) = tmp_path / "clevr1.pt", where.partition(".")
     state = torch.load(trained, weights_only=True)
     part, key = (state[top], key) if key else (state, top)
     part[key] = UNFIT[where]
     torch.save(state, path)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"\A.*clevr1\.pt.*\Z"):
+    with pytest.raises(ValueError, match=r"\A.*clevr1\.pt"):
         train(tiny(resume=True, steps=6, out=str(tmp_path)))
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
