@@ -742,10 +742,8 @@ def psnr(a, b):
 
 
 def ssim(a, b):
-    """Structural similarity of images (B, 3, S, S) in [0, 1] -> (B,), by Wang et al. 2004, eq. 13.
-
-    Gaussian window, sigma 1.5, 11 x 11 pixels, wherever it lies inside the picture.
-    """
+    """Structural similarity of images (B, 3, S, S) in [0, 1] -> (B,), by Wang et al. 2004, eq. 13:
+    a Gaussian window, sigma 1.5, 11 x 11 pixels, wherever it lies inside the picture."""
     window = torch.softmax(-(torch.arange(11, device=a.device) - 5.0) ** 2 / 4.5, dim=0)
     maps = torch.stack([a, b, a * a, b * b, a * b]).flatten(0, 2)[:, None]     # (15 B, 1, S, S)
     maps = F.conv2d(F.conv2d(maps, window.view(1, 1, 1, 11)), window.view(1, 1, 11, 1))
@@ -757,11 +755,9 @@ def ssim(a, b):
 
 @torch.no_grad()
 def evaluate(model, views, t_r=0):
-    """Reconstruct view 0 of each scene, compare with all views -> dict of psnr (dB) and ssim.
-
-    Keys: input (view 0); of more than one view novel (the others), and for these what needs no 3D
-    at all: baseline_mean_image (of all the views), baseline_input_copied.
-    """
+    """Reconstruct view 0 of each scene, compare with all views -> dict of psnr (dB) and ssim. Keys:
+    input (view 0); of more than one view novel (the others), and for these what needs no 3D at all:
+    baseline_mean_image (of all the views), baseline_input_copied."""
     scores, mean_image = {}, views.images.flatten(0, 1).mean(0)
     parts = [views[i:i + 8] for i in range(0, len(views), 8)]
     for some in progress(parts, len(parts), "scenes by eights"):
@@ -779,11 +775,9 @@ def evaluate(model, views, t_r=0):
 
 @torch.no_grad()
 def find_poses(model, images, masks=None):
-    """The cameras (B, 4, 4) of images (B, 3, S, S), known where masks (B, 1, S, S) are 1.
-
-    The encoder needs none, so the picture's planes are rendered from candidates all over the
-    training cameras' sphere, then round the best one in steps that halve.
-    """
+    """The cameras (B, 4, 4) of images (B, 3, S, S), known where masks (B, 1, S, S) are 1. The
+    encoder needs none, so the picture's planes are rendered from candidates all over the training
+    cameras' sphere, then round the best one in steps that halve."""
     (low, high), radius, S = model.config.elevation, model.config.radius, model.config.resolution
     known = torch.ones_like(images[:, :1]) if masks is None else masks.to(images)
     images = torch.where(known > 0.5, images, (model.background * 2 - 1).view(3, 1, 1))
@@ -880,9 +874,9 @@ def resume(path, model, ema, optimizer):
     saved, state = load_checkpoint(path), torch.load(path, map_location="cpu", weights_only=True)
     if "optimizer" not in state:
         raise ValueError(f"{path} holds weights alone: begin a training with them by --init")
-    for field in dataclasses.fields(Config)[:14]:               # data, model, T and schedule
-        if (its := getattr(saved.config, field.name)) != getattr(model.config, field.name):
-            raise ValueError(f"{path} was trained with {field.name} = {its!r}")
+    for name in list(vars(model.config))[:14]:                  # data, model, T and schedule
+        if (its := getattr(saved.config, name)) != getattr(model.config, name):
+            raise ValueError(f"{path} was trained with {name} = {its!r}")
     step, seconds = state["step"], state["seconds"]
     if progress_of(model.config, step, seconds) >= 1:
         raise ValueError(f"{path} has had {step} steps, {seconds / 60:.1f} minutes: give more")
@@ -896,10 +890,8 @@ def resume(path, model, ema, optimizer):
 def grow(model, weights):
     """Fill `model` from the model `weights` of its own size or a smaller one: the same function at
     first. Pictures (from 32 on) may be two or four times as large, planes larger, stages deeper.
-    ValueError, naming what differs, for weights that do not fit.
-    """
-    for name in ("plane_channels", "unet_channels", "mlp_hidden", "fold", "resolution",
-                 "plane_size", "unet_blocks"):
+    ValueError, naming what differs, for weights that do not fit."""
+    for name in list(vars(model.config))[3:10]:                 # from resolution to fold
         its, ours = getattr(weights.config, name), getattr(model.config, name)
         grows = {"unet_blocks": its < ours, "plane_size": 32 <= its < ours,
                  "resolution": 32 <= its < ours <= 4 * its}
