@@ -28,7 +28,6 @@ Conventions
 import argparse
 import copy
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -427,9 +426,9 @@ EMPTY_RAYS = 0.1
 
 def draw_pixels(x0, background, hidden, count):
     """Numbers (B, count) of different pixels of x0 (B, 3, S, S), most of them where it is not the
-    background (3,) in [-1, 1], or a pixel beside; all alike the more, the more of x_t is noise:
-    hidden (B, 1, 1, 1), 1 - alpha_bar. There x0_hat must be the mean of all pictures that x_t may
-    come from (an even draw has it so): with those that fill a pixel in favour, objects grow."""
+    background (3,) in [-1, 1], or a pixel beside; but the more of x_t is noise, hidden (B, 1, 1, 1)
+    = 1 - alpha_bar, the more evenly. Where noise leaves open what is there, x0_hat has to be the
+    mean of all that it may be: pixels chosen for what x0 shows would make its objects too large."""
     unlike = (x0 - background.view(3, 1, 1)).abs().amax(1, keepdim=True) > 0.02
     weight = torch.maximum(F.max_pool2d(unlike.float(), 3, 1, 1), hidden ** 4).flatten(1)
     return torch.multinomial(weight.clamp(min=EMPTY_RAYS), min(count, weight.shape[1]))
