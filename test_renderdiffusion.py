@@ -1660,7 +1660,7 @@ def test_tutorial_runs_on_every_kind_of_data(tmp_path, kind):
 
 # The shipped weights ----------------------------------------------------------------------------
 
-LEAST = dict(cars=26.07, chairs=27.48, planes=26.90, clevr1=34.75, clevr1_blender=33.06)
+LEAST = dict(cars=26.07, chairs=27.48, planes=27.11, clevr1=34.75, clevr1_blender=33.06)
 
 
 @pytest.mark.parametrize("name", ["cars", *(pytest.param(path.stem, marks=slow) for path in sorted(
