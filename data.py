@@ -396,9 +396,11 @@ def read_shot(shot, half, scale, resolution, background):
     pose = np.array(pose, float).ravel()[:12].reshape(3, 4)
     R, center = pose[:, :3], pose[:, 3] / scale
     error, distance = abs(R.T @ R - np.eye(3)).max(), np.linalg.norm(center)
-    if not (error < 1e-3 and np.linalg.det(R) > 0 and 1e-3 <= distance <= 1e3):
-        raise ValueError(f"the camera is {distance:.4g} cube units from the origin, not 0.001 to "
-                         f"1000 (other units?), or its pose is not a rotation (by {error:.2g})")
+    if not (error < 1e-3 and np.linalg.det(R) > 0):
+        raise ValueError(f"the pose is not a rotation and a position (by {error:.2g})")
+    if not 1e-3 <= distance <= 1e3:
+        raise ValueError(f"the camera is {distance:.4g} cube units from the origin, and not 0.001 "
+                         "to 1000: other units?")
     in_file = shot.image is None
     image = open_picture(shot.picture if in_file else Image.fromarray(shot.image), turn=False)
     if shot.mask:
@@ -524,7 +526,7 @@ def load_folder(path, split=None, scale=None, **how):
         stored = Image.open(picture).size
         size = (frame["w"], frame["h"]) if {"w", "h"} <= {*frame} else stored
         if abs(size[0] * stored[1] / (size[1] * stored[0]) - 1) > 0.02:
-            raise ValueError(f"its pixels are {stored}, and its camera's {size}: another shape")
+            raise ValueError(f"{picture} has {stored} pixels, and its camera {size}: another shape")
         angles, focal, middle = np.array([[frame.get(key + axis, math.nan) for axis in "xy"]
                                           for key in ("camera_angle_", "fl_", "c")])
         focal = np.where(np.isnan(focal), size / np.tan(angles / 2) / 2, focal)
@@ -547,8 +549,9 @@ def load_folder(path, split=None, scale=None, **how):
                      *lens_of(frame, picture),
                      locate(file, frame["mask_path"]) if "mask_path" in frame else None)
                 for frame, picture in zip(frames, pictures) if picture.is_file()]
-    first = parallel(shots_of, find(path, load_folder, None)[0][:1], "scenes")
-    scale = scale or cube_scale(sum(first, []))
+    if scale is None:
+        first = parallel(shots_of, find(path, load_folder, None)[0][:1], "scenes")
+        scale = cube_scale(sum(first, []))
     return read_views(path, *find(path, load_folder, split), shots_of, scale, **how)
 
 
@@ -563,11 +566,12 @@ def load_npz(path, split=None, **how):
         raise ValueError(f"{path} has {len(files)} .npz files, and not one: name it")
     with named(files[0]), np.load(files[0], allow_pickle=False) as arrays:
         images, poses, focal = arrays["images"], arrays["poses"], float(arrays["focal"])
-        if tiny := images.ndim == 4 and images.max() <= 1:
+        if tiny := images.ndim == 4 and images.min() >= 0 and images.max() <= 1:
             images, poses = np.uint8(np.rint(images * 255))[None], poses[None] * FLIP
         color = np.zeros(3, np.uint8) if tiny else arrays["background"]
-        shapes = 5, "u1", (3,), (*images.shape[:2], 4, 4)
-        if (images.ndim, color.dtype, color.shape, poses.shape) != shapes:
+        shapes = (3,), (3,), (*images.shape[:2], 4, 4)
+        if not (images.dtype == color.dtype == np.uint8
+                and (images.shape[4:], color.shape, poses.shape) == shapes):
             raise ValueError("images have to be uint8 (N, V, S, S, 3), or one scene's in [0, 1]; "
                              "poses (N, V, 4, 4), background uint8 (3,)")
         N, V, H, W, _ = images.shape
@@ -600,11 +604,13 @@ def load_clevr(path, split=None, scenes=None, views=None, resolution=64, seed=0,
     layouts = []
     for file in files:
         with named(file):
-            layouts += [list(zip(*map(clevr_primitive, scene["objects"]))) for scene in
+            layouts += [scene["objects"] for scene in
                         json.loads(file.read_text("utf-8-sig"))["scenes"] if scene["objects"]]
     chosen, held_out = hold_back(path, layouts, split)
+    with named(files[0]):
+        rows = [list(zip(*map(clevr_primitive, objects))) for objects in chosen[:scenes]]
     pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_value=EMPTY)
-    columns = [pad(list(map(torch.tensor, column))) for column in zip(*chosen[:scenes])]
+    columns = [pad(list(map(torch.tensor, column))) for column in zip(*rows)]
     drawn = synthetic(
         "clevr", len(columns[0]), views or 1, resolution, seed, device, held_out=held_out,
         make=lambda *_, device: Scenes(*(column.to(device) for column in columns), 0.0,

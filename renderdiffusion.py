@@ -58,7 +58,7 @@ def option(default, text, least=0, most=1e9, among=None):
 @dataclasses.dataclass
 class Config:
     """What a training depends on: `train`'s options, saved in every checkpoint. ValueError, one
-    sentence, for a value that cannot be."""
+    sentence, for a number out of its range."""
     # data
     data: str = option("clevr1", "a built-in set, a name in subsets/, or a path")
     scenes: int = option(0, "scenes to train on; 0: all there are, of built-in sets fresh ones")
@@ -420,17 +420,21 @@ class RenderDiffusion(nn.Module):
 # ---- Training ----------------------------------------------------------------------------------
 
 # Mere background is soon learnt: where rays are drawn its pixels have this weight, all others 1.
-# The loss is not corrected for it: what is to be seen counts more.
+# The loss is not corrected for it: what is to be seen counts more, as long as x_t shows it.
 EMPTY_RAYS = 0.1
 
 
-def draw_pixels(x0, background, hidden, count):
+def draw_pixels(x0, background, noise_share, count):
     """Numbers (B, count) of different pixels of x0 (B, 3, S, S), most of them where it is not the
-    background (3,) in [-1, 1], or a pixel beside; but the more of x_t is noise, hidden (B, 1, 1, 1)
-    = 1 - alpha_bar, the more evenly. Where noise leaves open what is there, x0_hat has to be the
-    mean of all that it may be: pixels chosen for what x0 shows would make its objects too large."""
+    background (3,) in [-1, 1], or a pixel beside; all alike where x_t is noise alone. noise_share:
+    1 - alpha_bar (B, 1, 1, 1).
+
+    Where noise leaves open what is there, x0_hat has to be the mean of all pictures that it may be.
+    Pixels chosen for what x0 shows would weigh pictures by it, and make objects too large. The
+    fourth power (no other was tried): below a share of a half nothing is open yet.
+    """
     unlike = (x0 - background.view(3, 1, 1)).abs().amax(1, keepdim=True) > 0.02
-    weight = torch.maximum(F.max_pool2d(unlike.float(), 3, 1, 1), hidden ** 4).flatten(1)
+    weight = torch.maximum(F.max_pool2d(unlike.float(), 3, 1, 1), noise_share ** 4).flatten(1)
     return torch.multinomial(weight.clamp(min=EMPTY_RAYS), min(count, weight.shape[1]))
 
 
@@ -450,8 +454,8 @@ def denoising_loss(model, x0, poses, source=None):
     source = x0 if source is None else source
     t = draw_levels(inner.config, len(x0), x0.device)
     x_t = inner.schedule.add_noise(source, t, torch.randn_like(x0))            # q(x_t | x0)
-    hidden = 1 - inner.schedule.at(t, x0)                                      # (B, 1, 1, 1)
-    pixels = draw_pixels(x0, inner.background * 2 - 1, hidden, inner.config.rays)      # (B, n)
+    background, noise_share = inner.background * 2 - 1, 1 - inner.schedule.at(t, x0)
+    pixels = draw_pixels(x0, background, noise_share, inner.config.rays)       # (B, n)
     x0_hat = model(x_t, t, poses, pixels)                                      # (B, n, 3)
     target = x0.flatten(2).mT.take_along_dim(pixels[..., None], dim=1)
     compare = F.l1_loss if inner.config.loss == "l1" else F.mse_loss
@@ -803,7 +807,7 @@ VERSION, SHIPPED = 2, Path(__file__).resolve().parent / "checkpoints"
 
 
 def check_config(config):
-    """ValueError, one sentence, for the first field of a dataclass that cannot be."""
+    """ValueError, one sentence, for the first field of a dataclass that is out of its range."""
     for field in dataclasses.fields(config):
         limits, value = field.metadata or option(0, "", -1e9).metadata, getattr(config, field.name)
         _, least, most, among = limits.values()
@@ -873,11 +877,11 @@ def resume(path, model, ema, optimizer):
     saved, state = load_checkpoint(path), torch.load(path, map_location="cpu", weights_only=True)
     if "optimizer" not in state:
         raise ValueError(f"{path} holds weights alone: begin a training with them by --init")
-    for name in list(vars(model.config))[:14]:                  # data, model, T and schedule
+    for name in list(vars(model.config))[:14]:                  # from data to schedule
         if (its := getattr(saved.config, name)) != getattr(model.config, name):
             raise ValueError(f"{path} was trained with {name} = {its!r}")
     step, seconds = state["step"], state["seconds"]
-    if progress_of(model.config, step, seconds) >= 1:
+    if not progress_of(model.config, step, seconds) < 1:        # NaN, too
         raise ValueError(f"{path} has had {step} steps, {seconds / 60:.1f} minutes: give more")
     ema.load_state_dict(saved.state_dict())
     model.load_state_dict(state["model"])

@@ -579,9 +579,9 @@ def test_rays_go_where_something_is_seen_and_anywhere_in_what_noise_hides():
     x0 = background.view(1, 3, 1, 1).repeat(4000, 1, 16, 16)
     x0[:, 1, 4:7, 9] += 0.1                         # three pixels and those that touch them: 15
     near = F.pad(torch.ones(5, 3), (8, 5, 3, 8)).bool()
-    for hidden, weight in ((0.0, 0.1), (0.5, 0.1), (0.8, 0.8 ** 4), (1.0, 1.0)):
-        hidden = torch.full((4000, 1, 1, 1), hidden)
-        pixels = rd.draw_pixels(x0, background, hidden, 8)
+    for noise, weight in ((0.0, 0.1), (0.5, 0.1), (0.8, 0.8 ** 4), (1.0, 1.0)):
+        noise = torch.full((4000, 1, 1, 1), noise)
+        pixels = rd.draw_pixels(x0, background, noise, 8)
         assert pixels.shape == (4000, 8) and (pixels.sort(1).values.diff(dim=1) > 0).all()
         expected = torch.multinomial(torch.where(near, 1, weight).flatten().expand(4000, -1), 8)
         share, true = (torch.bincount(x.flatten(), minlength=256).view(16, 16) / 4000
@@ -589,7 +589,7 @@ def test_rays_go_where_something_is_seen_and_anywhere_in_what_noise_hides():
         for where in (near, ~near):
             assert share[where].mean().item() == pytest.approx(true[where].mean().item(), rel=0.05)
         assert share[near].std() < 0.2 * share[near].mean()
-    assert rd.draw_pixels(x0[:2], background, hidden[:2], 999).shape == (2, 256)    # all there are
+    assert rd.draw_pixels(x0[:2], background, noise[:2], 999).shape == (2, 256)    # all there are
 
 
 @pytest.mark.parametrize("clean, expected", [(0.0, 0.5), (1.0, 0.8)])

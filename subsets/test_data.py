@@ -713,7 +713,7 @@ BAD = [
         ([[1, 0, 0, 10 ** 400], *np.eye(4)[1:].tolist()], "OverflowError"))
 ] + [(transforms(change), words) for change, words in (
     (frame(cx=-3), "has a focal length of -"),
-    (frame(w=48, h=24), "its pixels are .48, 48., and its camera's .48, 24."),
+    (frame(w=48, h=24), "1.png has .48, 48. pixels, and its camera .48, 24."),
     (frame(mask_path="no.png"), "No such file .*no.png"),
     (frame(is_fisheye=True), "its camera is FISHEYE, and no pinhole"),
     (top(camera_model="OPENCV_FISHEYE", k1=0.0), "OPENCV_FISHEYE, and no pinhole"),
@@ -736,11 +736,12 @@ BAD = [
     *((arrays(**{key: None}), f"a.npz is not as expected: KeyError, '{key}")
       for key in ("images", "poses", "focal", "background")),
     (arrays(images=np.zeros((3, 8, 8))), "a.npz is .* have to be uint8"),
-    (arrays(images=np.zeros((2, 3, 32, 32, 3), np.uint16)), "images.0, 0.* this data type"),
+    (arrays(images=np.zeros((2, 3, 32, 32, 3), np.uint16)), "a.npz is .* have to be uint8"),
+    (arrays(images=np.linspace(-1, 1, 729).reshape(3, 9, 9, 3)), "one scene's in .0, 1"),
     (arrays(images=np.zeros((0, 3, 32, 32, 3), np.uint8)), ".N, V, 4, 4"),
     (arrays(images=np.full((3, 9, 9, 3), 2.0)), "one scene's in .0, 1"),
     (arrays(images=np.zeros((2, 3, 32, 32, 2, 2), np.uint8)), "N, V, S, S, 3"),
-    (arrays(images=np.zeros((2, 3, 32, 32, 9), np.uint8)), "images.0, 0.* this data type"),
+    *((arrays(images=np.zeros((2, 3, 32, 32, C), np.uint8)), "S, S, 3") for C in (1, 4)),
     *((arrays(poses=np.zeros(s)), ".N, V, 4, 4") for s in ((2, 2, 4, 4), (2, 4, 4, 4))),
     *((arrays(background=np.zeros(s, np.uint8)), "background uint8 .3") for s in ((), 4)),
     (arrays(focal=np.ones(2)), "a.npz is not as expected: TypeError"),
