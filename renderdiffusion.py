@@ -420,19 +420,15 @@ class RenderDiffusion(nn.Module):
 # ---- Training ----------------------------------------------------------------------------------
 
 # Mere background is soon learnt: where rays are drawn its pixels have this weight, all others 1.
-# The loss is not corrected for it: what is to be seen counts more, as long as x_t shows it.
 EMPTY_RAYS = 0.1
 
 
 def draw_pixels(x0, background, noise_share, count):
     """Numbers (B, count) of different pixels of x0 (B, 3, S, S), most of them where it is not the
-    background (3,) in [-1, 1], or a pixel beside; all alike where x_t is noise alone. noise_share:
-    1 - alpha_bar (B, 1, 1, 1).
-
-    Where noise leaves open what is there, x0_hat has to be the mean of all pictures that it may be.
-    Pixels chosen for what x0 shows would weigh pictures by it, and make objects too large. The
-    fourth power (no other was tried): below a share of a half nothing is open yet.
-    """
+    background (3,) in [-1, 1], or a pixel beside: what is to be seen counts more. But all alike
+    where x_t is noise alone (noise_share: 1 - alpha_bar, (B, 1, 1, 1)). There x0_hat has to be the
+    mean of all pictures that x_t may be, and pixels chosen for what x0 shows would make its objects
+    too large. Below a share of a half nothing is open yet, hence the fourth power."""
     unlike = (x0 - background.view(3, 1, 1)).abs().amax(1, keepdim=True) > 0.02
     weight = torch.maximum(F.max_pool2d(unlike.float(), 3, 1, 1), noise_share ** 4).flatten(1)
     return torch.multinomial(weight.clamp(min=EMPTY_RAYS), min(count, weight.shape[1]))
