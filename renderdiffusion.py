@@ -435,7 +435,7 @@ def draw_pixels(x0, background, noise_share, count):
 
 
 def draw_levels(config, B, device):
-    """t (B,): 0 in a share `clean_share`, else evenly 1..T: one draw in each of B parts, shuffled."""
+    """t (B,): 0 in a share `clean_share`, else evenly 1..T; one in each of B parts, shuffled."""
     u = (torch.randperm(B, device=device) + torch.rand(B, device=device)) / B
     noisy = (u - config.clean_share) / max(1 - config.clean_share, 1e-9)       # (B,) up to 1
     return (1 + noisy * config.timesteps).long().clamp(0, config.timesteps)
