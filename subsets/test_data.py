@@ -671,10 +671,10 @@ def transforms(change):
     return lambda folder: changed(folder, change, cameras(3)[0])
 
 
-def srn(pattern, content):
-    """Files that are written anew, or (None) taken away."""
+def srn(pattern, content, scenes=1):
+    """Files of the first scene that are written anew, or (None) taken away."""
     def write(folder):
-        write_srn(folder, cameras(2))
+        write_srn(folder, cameras(2, scenes))
         for path in (folder / "cars_train" / f"{0:032x}").glob(pattern):
             path.unlink() if content is None else save(path, content)
     return write
@@ -732,12 +732,13 @@ BAD = [
     (srn("intrinsics.txt", "131 64 64 0\n0 0 0\n"), "rgb is not as expected: .*expected 10"),
     (srn("pose/000001.txt", "a pose"), "000001.png is not as expected: .*float"),
     (srn("rgb/000001.png", b"\x89PNG\r\n"), "cannot identify .*000001.png"),
-    (srn("*/*", None), "no pictures in"),
+    *((srn("*/*", None, scenes), "no pictures in") for scenes in (1, 2)),
     *((arrays(**{key: None}), f"a.npz is not as expected: KeyError, '{key}")
       for key in ("images", "poses", "focal", "background")),
     (arrays(images=np.zeros((3, 8, 8))), "a.npz is .* have to be uint8"),
     (arrays(images=np.zeros((2, 3, 32, 32, 3), np.uint16)), "a.npz is .* have to be uint8"),
-    (arrays(images=np.linspace(-1, 1, 729).reshape(3, 9, 9, 3)), "one scene's in .0, 1"),
+    (arrays(images=np.linspace(-1, 1, 729).reshape(3, 9, 9, 3), poses=np.stack([np.eye(4)] * 3)),
+     "one scene's in .0, 1"),
     (arrays(images=np.zeros((0, 3, 32, 32, 3), np.uint8)), ".N, V, 4, 4"),
     (arrays(images=np.full((3, 9, 9, 3), 2.0)), "one scene's in .0, 1"),
     (arrays(images=np.zeros((2, 3, 32, 32, 2, 2), np.uint8)), "N, V, S, S, 3"),
