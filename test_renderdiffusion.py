@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -522,6 +523,16 @@ def test_bfloat16_agrees_with_float32():
     assert close.dtype == torch.float32 and not torch.equal(close, exact)
     assert (close - exact).square().mean().sqrt() < 0.03 * exact.std()
     assert psnr(model.render(close, poses)[0] / 2 + 0.5, picture / 2 + 0.5).min() > 40
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_cpu_trains_in_bfloat16_where_a_convolution_is_faster_by_it(slow, monkeypatch):
+    """By the clock: some that have the instructions are slower by them."""
+    def wait(device, dtype, enabled):
+        time.sleep(0.02 * (enabled == slow))
+        return nullcontext()
+    monkeypatch.setattr(torch, "autocast", wait)
+    assert rd.bf16_is_fast(torch.device("cpu")) != slow
 
 
 def test_poses_of_any_kind_and_inference_mode_change_nothing():
