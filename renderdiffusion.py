@@ -4,7 +4,7 @@ Anciukevicius et al., "RenderDiffusion: Image Diffusion for 3D Reconstruction, I
 Generation", CVPR 2023, arXiv 2211.09869. Trained on single pictures with known cameras, it
 generates, reconstructs and inpaints scenes that can be looked at from any side.
 
-  x_t, t --UNet--> planes --at points on rays--> features --MLP--> density, colour --march--> x0_hat
+  x_t, t --UNet--> planes --on rays of a pose--> features --MLP--> density, colour --march--> x0_hat
    ^                                                                                            |
    +--- training: noise x0 to x_t, compare x0_hat with x0. Sampling: x_s, s < t, from x0_hat ---+
 
@@ -12,14 +12,14 @@ generates, reconstructs and inpaints scenes that can be looked at from any side.
     python renderdiffusion.py train --minutes 30         # from nothing; writes out/clevr1.pt
     python renderdiffusion.py reconstruct --image photo.png     # --help lists the other commands
 
-The paper comes first. What goes beyond it is one section, after inpainting; with 0 for `fold` and
-`other_side` training is the paper's. Choices of ours: README.md, "Differences".
+The paper comes first. Compass and other side, which go beyond it, are one section, after
+inpainting; 0 for `fold` and `other_side` is without. Smaller choices: README.md, "Differences".
 
 Conventions
     world    right-handed, z up; the scene fills the cube [-1, 1]^3, which the planes cover
     pose     camera-to-world 4x4, OpenCV axes: x right, y down, z into the scene (data.py)
     focal    in image widths; principal point in the middle, pixel centres at +0.5
-    images   float32 (B, 3, S, S) in [-1, 1]; composited and compared in [0, 1]
+    images   float32 (B, 3, S, S) in [-1, 1]; composited, and judged by PSNR and SSIM, in [0, 1]
     t        noising steps, 0 (clean) to T; alpha_bar has T + 1 entries
     planes   (B, 3, C, N, N) in the order xy, xz, yz
     depth    distance along the unit ray; where a ray does not end, its exit from the cube
@@ -61,7 +61,7 @@ class Config:
     sentence, for a number out of its range."""
     # data
     data: str = option("clevr1", "a built-in set, a name in subsets/, or a path")
-    scenes: int = option(0, "scenes to train on; 0: all there are, of built-in sets fresh ones")
+    scenes: int = option(0, "scenes to train on; 0: all there are; of a built-in set ever new ones")
     views: int = option(1, "pictures of a scene, each an example of its own", 1)
     resolution: int = option(32, "image side S", among=(16, 32, 64, 128, 256))
     # model
@@ -70,13 +70,13 @@ class Config:
     unet_channels: int = option(48, "the U-Net's channels at side 16, a multiple of 16", 16, 1024)
     unet_blocks: int = option(1, "residual blocks a stage at sides of 16 and more", 1, 16)
     mlp_hidden: int = option(64, "width of the MLP's two hidden layers", 1, 4096)
-    fold: int = option(4, "the compass tells this times the azimuth; 0: none (the paper)", 0, 8)
+    fold: int = option(4, "the U-Net is told this times the azimuth; 0: nothing (the paper)", 0, 8)
     samples: int = option(12, "stratified samples a ray", 1, 4096)
-    fine_samples: int = option(12, "importance samples where those saw matter", 0, 4096)
+    fine_samples: int = option(12, "importance samples a ray, where those met matter", 0, 4096)
     # diffusion
     timesteps: int = option(1000, "T", 1, 1e6)
     schedule: str = option("cosine", "alpha_bar", among=("cosine", "linear"))
-    loss: str = option("l1", "what is wrong with a pixel", among=("l1", "l2"))
+    loss: str = option("l1", "how a pixel's error is measured", among=("l1", "l2"))
     clean_share: float = option(0.2, "share of examples without noise, for `reconstruct`", 0, 1)
     other_side: float = option(0.5, "share encoded from another side; 0: none (the paper)", 0, 1)
     other_side_from: float = option(0.4, "from this part of the training on", 0, 1)
@@ -179,13 +179,13 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """The encoder e: x_t (B, 3, S, S), t (B,) -> planes (B, 3C, N, N). Not told the camera, it has
-    to tell from the picture how the world is turned.
+    """The encoder e: x_t (B, 3, S, S), t (B,) -> planes (B, 3C, N, N). No pose goes in: how the
+    world is turned, it has to see in the picture.
 
-    Stages are named by their side, which alone sets their width; skips are added. Each of side 16
-    or more, or else the largest, has a stem, to which the picture comes averaged down to twice the
-    side, and a head: planes of twice the side, added to the smaller ones, doubled. So the network
-    of a small picture is part of a larger one's, whose rest adds zero at first (function `grow`).
+    A stage is named by its side, which sets its width; skips are added. From side 16 on, or if the
+    largest, one on the way down has a stem, which takes in the picture at twice the side, and one
+    up a head, which gives planes of twice the side; smaller planes are doubled and added. So a
+    small picture's network is part of a larger one's, whose rest adds zero at first (`grow`).
     """
 
     def __init__(self, config):
@@ -226,7 +226,7 @@ class UNet(nn.Module):
     def forward(self, x_t, t):
         phase = t[:, None] * 1e4 ** -torch.linspace(0, 1, self.base // 2, device=t.device)
         emb = self.embed(torch.cat([phase.sin(), phase.cos()], dim=1))         # (B, 4 base)
-        h, skips, planes = None, {}, None
+        skips, planes = {}, None
         for side, blocks in self.down.items():                                 # S/2, ..., 8, 4
             h = self.shrink[side](h) if side in self.shrink else 0
             if side in self.stem:
@@ -255,7 +255,7 @@ class UNet(nn.Module):
 
 def sample_triplanes(planes, points):
     """Planes (B, 3, C, N, N) at points (B, P, 3) in [-1, 1]^3 -> features (B, P, C): bilinear at
-    the projections on xy, xz and yz, summed (Chan et al. 2022, section 3.1). In xz, say, x is
+    the projections on xy, xz and yz, summed (Chan et al. 2022, section 3). In xz, say, x is
     the column and z the row; -1 and 1 are the outermost texels' centres."""
     B, _, C, N, _ = planes.shape
     grid = points[:, :, [[0, 1], [0, 2], [1, 2]]].transpose(1, 2).reshape(B * 3, -1, 1, 2)
@@ -265,8 +265,8 @@ def sample_triplanes(planes, points):
 
 class RadianceMLP(nn.Module):
     """s(p, P[p]): points (B, P, 3), features (B, P, C) -> density per world unit (B, P), RGB in
-    [0, 1] (B, P, 3). It starts as a fog of density 25 softplus(-3) = 1.2: one that starts opaque
-    hides its inside from the gradient, and stays so."""
+    [0, 1] (B, P, 3). It starts as a fog of density about 25 softplus(-3) = 1.2: what starts opaque
+    hides its inside from the gradient for good."""
 
     def __init__(self, C, hidden):
         super().__init__()
@@ -285,7 +285,7 @@ class RadianceMLP(nn.Module):
 
 def ray_interval(origins, directions):
     """Distances near, far (B, R), at least 0, between which rays (B, R, 3) are in the cube
-    [-1, 1]^3; for a ray that misses it, both that of its point closest to the cube's middle."""
+    [-1, 1]^3; for a ray that misses it, both are where it comes closest to the middle."""
     d = torch.where(directions.abs() < 1e-9, torch.full_like(directions, 1e-9), directions)
     a, b = (-1 - origins) / d, (1 - origins) / d    # distances to the two faces across each axis
     near = torch.minimum(a, b).amax(-1).clamp(min=0)
@@ -309,8 +309,8 @@ def composite(density, color, deltas, background):
 
 
 def importance_samples(edges, weights, u):
-    """Distances (B, R, F) drawn from coarse weights (B, R, K) over edges (B, R, K+1): u (B, R, F)
-    in [0, 1] goes through their inverse distribution. Smoothing and a floor let it see what the
+    """Distances (B, R, n) drawn by coarse weights (B, R, K) between edges (B, R, K+1): the inverse
+    CDF at u (B, R, n) in [0, 1]. Weights spread to their neighbours, and have a floor, for what the
     coarse samples just missed (Barron et al. 2021, eq. 18)."""
     padded = F.pad(weights, (1, 1), mode="replicate")
     pdf = F.avg_pool1d(F.max_pool1d(padded, 2, 1), 2, 1) + 0.01                # (B, R, K)
@@ -324,13 +324,13 @@ def importance_samples(edges, weights, u):
 def march(field, origins, directions, samples, fine_samples, background, jitter=False):
     """Render rays (B, R, 3) of a field -> rgb (B, R, 3) in [0, 1], depth, opacity (B, R).
 
-    field: points (B, P, 3) -> density (B, P), colour (B, P, 3). Here t is a distance; depth is its
-    mean, the cube's far side for what passes through. jitter puts samples anywhere in their parts.
+    field: points (B, P, 3) -> density (B, P), colour (B, P, 3). Here t is a distance along the ray;
+    depth its mean, the cube's far side for what passes. jitter: samples anywhere in their parts.
     """
     near, far = (x[..., None] for x in ray_interval(origins, directions))      # (B, R, 1)
 
     def stratified(count):
-        """One in each of so many equal parts of [0, 1]: (B, R, count)."""
+        """One in each of `count` equal parts of [0, 1]: (B, R, count)."""
         middle = torch.full_like(near, 0.5).expand(-1, -1, count)
         place = torch.rand_like(middle) if jitter else middle
         return (torch.arange(count, device=near.device) + place) / count
@@ -388,7 +388,7 @@ class RenderDiffusion(nn.Module):
         return planes.float().reshape(len(x_t), 3, -1, N, N)
 
     def march(self, planes, origins, directions, jitter=False):
-        """Rays (B, R, 3) through planes, as the function of this name has it -> rgb (B, R, 3) in
+        """The function `march` on rays (B, R, 3) through planes -> rgb (B, R, 3) in
         [0, 1], depth, opacity (B, R)."""
         return march(lambda points: self.mlp(points, sample_triplanes(planes, points)), origins,
                      directions, self.config.samples, self.config.fine_samples, self.background,
@@ -407,8 +407,8 @@ class RenderDiffusion(nn.Module):
         return (rgb.mT.reshape(-1, 3, S, S) * 2 - 1, depth.view(-1, S, S), opacity.view(-1, S, S))
 
     def forward(self, x_t, t, poses, pixels=None):
-        """x0_hat (B, 3, S, S) in [-1, 1]; or at the pixel numbers (B, n) alone (B, n, 3), in
-        training with samples at random places along the rays."""
+        """x0_hat (B, 3, S, S) in [-1, 1]; or, of the pixels numbered (B, n) alone, (B, n, 3), in
+        training with jittered samples."""
         planes = self.encode(x_t, t)
         if pixels is None:
             return self.render(planes, poses)[0]
@@ -419,36 +419,36 @@ class RenderDiffusion(nn.Module):
 
 # ---- Training ----------------------------------------------------------------------------------
 
-# Mere background is soon learnt: where rays are drawn its pixels have this weight, all others 1.
+# Mere background is soon learnt: its pixels are drawn with this weight or more, others with 1.
 EMPTY_RAYS = 0.1
 
 
 def draw_pixels(x0, background, noise_share, count):
-    """Numbers (B, count) of different pixels of x0 (B, 3, S, S), most of them where it is not the
-    background (3,) in [-1, 1], or a pixel beside: what is to be seen counts more. But all alike
-    where x_t is noise alone (noise_share: 1 - alpha_bar, (B, 1, 1, 1)). There x0_hat has to be the
-    mean of all pictures that x_t may be, and pixels chosen for what x0 shows would make its objects
-    too large. Below a share of a half nothing is open yet, hence the fourth power."""
+    """Numbers (B, count) of different pixels of x0 (B, 3, S, S), most of them on objects: not the
+    background (3,) in [-1, 1], or a pixel beside. But the more of x_t is noise (noise_share:
+    1 - alpha_bar, (B, 1, 1, 1)), the more evenly. Of noise alone x0_hat has to suit all pictures at
+    once, and pixels chosen by what this x0 shows would make its objects too large. Up to a share of
+    a half x_t still tells where they are: hence the fourth power."""
     unlike = (x0 - background.view(3, 1, 1)).abs().amax(1, keepdim=True) > 0.02
     weight = torch.maximum(F.max_pool2d(unlike.float(), 3, 1, 1), noise_share ** 4).flatten(1)
     return torch.multinomial(weight.clamp(min=EMPTY_RAYS), min(count, weight.shape[1]))
 
 
 def draw_levels(config, B, device):
-    """t (B,): 0 in a share `clean_share`, else evenly 1..T; one in each of B parts, shuffled."""
+    """t (B,): 0 for a share `clean_share`, else uniform on 1..T; stratified over the batch."""
     u = (torch.randperm(B, device=device) + torch.rand(B, device=device)) / B
-    noisy = (u - config.clean_share) / max(1 - config.clean_share, 1e-9)       # (B,) up to 1
+    noisy = (u - config.clean_share) / max(1 - config.clean_share, 1e-9)       # below 0: clean
     return (1 + noisy * config.timesteps).long().clamp(0, config.timesteps)
 
 
 def denoising_loss(model, x0, poses, source=None):
-    """The paper's loss on images x0 (B, 3, S, S) from poses (B, 4, 4): noise a picture, encode it,
-    render its planes from its own camera, compare; at random levels and pixels. source is what is
-    noised and encoded in place of x0. A loss of one's own takes the same four."""
+    """The paper's loss on images x0 (B, 3, S, S) from poses (B, 4, 4): noise x0 to random levels,
+    encode it, render the planes from the poses, compare with x0 at some pixels. What is noised and
+    encoded in place of x0 is source (`from_another_side`). A loss of one's own takes the same."""
     inner = getattr(model, "module", model)                     # `module`: of a parallel one
     source = x0 if source is None else source
     t = draw_levels(inner.config, len(x0), x0.device)
-    x_t = inner.schedule.add_noise(source, t, torch.randn_like(x0))            # q(x_t | x0)
+    x_t = inner.schedule.add_noise(source, t, torch.randn_like(x0))            # q(x_t | source)
     background, noise_share = inner.background * 2 - 1, 1 - inner.schedule.at(t, x0)
     pixels = draw_pixels(x0, background, noise_share, inner.config.rays)       # (B, n)
     x0_hat = model(x_t, t, poses, pixels)                                      # (B, n, 3)
@@ -482,8 +482,8 @@ def train(config, loss=denoising_loss):
         raise ValueError(f"{path} is there: go on with it by --resume, or give another --out")
     writable(path.parent)
     rank, world = join_processes(device)
-    draw, camera = training_pictures(config, device, rank, world)
-    config = dataclasses.replace(config, **camera)
+    draw, cameras = training_pictures(config, device, rank, world)
+    config = dataclasses.replace(config, **cameras)
     torch.manual_seed(config.seed)
     model = RenderDiffusion(config).to(device)
     if config.init and not config.resume:
@@ -524,18 +524,18 @@ def train(config, loss=denoising_loss):
 # ---- Sampling ----------------------------------------------------------------------------------
 
 def noise_levels(schedule, steps, top=None):
-    """steps + 1 levels that fall from `top` (None: T) to 0, as evenly in log(SNR) as whole numbers
-    allow, as in DPM-Solver (Lu et al. 2022, arXiv 2206.00927): short steps near all noise, where it
-    is decided what the picture shows, and near none. ValueError for fewer levels than steps."""
+    """steps + 1 levels from `top` (None: T) to 0, all but the outermost about even in log(SNR), as
+    in DPM-Solver (Lu et al. 2022, arXiv 2206.00927): in t short near all noise, where it is
+    decided what the picture shows, and near none. ValueError for fewer levels than steps."""
     top = schedule.T if top is None else top
     if not 1 <= steps <= top:
         raise ValueError(f"steps must be from 1 to {top}, not {steps}")
     log_snr = schedule.alpha_bar[:top + 1].logit()                             # falls
-    # log(SNR) is infinite at 0 and nearly so at T: even but for a sixth of a usual step at each end
+    # log(SNR) is infinite at 0 and nearly so at T: the grid goes from `end` to top - end
     end = max(1, top // (6 * steps))
     levels = torch.searchsorted(-log_snr, -torch.linspace(*log_snr[[end, top - end]], steps + 1))
     levels[0], levels[-1], i = 0, top, torch.arange(steps + 1)
-    # rounded, some coincide: level i minus i may not fall (no two the same) nor pass top - steps
+    # rounded, some coincide. No two do where level i minus i never falls; top - steps leaves room
     levels = (levels - i).cummax(0).values.clamp(max=top - steps) + i
     return [int(level) for level in levels.flip(0)]
 
@@ -549,11 +549,10 @@ def standard_normal(like, generator):
 def denoise(model, x_t, poses, levels, eta, generator, watch=None):
     """From x_t at the first of the falling `levels` to their last, 0 -> images, planes.
 
-    With eta = 0 x0_hat is first moved on along the way it went since the step before:
-    DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2), of which DDIM is the first
-    order. watch(t, x_t, x0_hat, depth), if given, sees every step.
+    With eta = 0 x0_hat is extrapolated from the last two, linearly in log(SNR): DPM-Solver++(2M)
+    (Lu et al. 2022, arXiv 2211.01095, algorithm 2). watch(t, x_t, x0_hat, depth) sees each step.
     """
-    lam, before = model.schedule.alpha_bar.logit(), None        # 2 log(alpha / sigma); inf at 0
+    log_snr, before = model.schedule.alpha_bar.logit(), None                   # infinite at 0
     for t, s in progress(zip(levels, levels[1:]), len(levels) - 1, "denoising"):
         planes = model.encode(x_t, t)
         x0_hat, depth, _ = model.render(planes, poses)
@@ -562,7 +561,8 @@ def denoise(model, x_t, poses, levels, eta, generator, watch=None):
             watch(t, x_t, x0_hat, depth)
         if eta == 0 and before and s > 0:                       # the last step returns x0_hat
             u, x0_hat_u = before
-            x0_ahead = x0_hat + (lam[s] - lam[t]) / (lam[t] - lam[u]) / 2 * (x0_hat - x0_hat_u)
+            slope = (x0_hat - x0_hat_u) / (log_snr[t] - log_snr[u])
+            x0_ahead = x0_hat + (log_snr[s] - log_snr[t]) / 2 * slope           # in mid-step
         mean, variance = model.schedule.posterior(x0_ahead, x_t, t, s, eta)
         x_t, before = mean + variance.sqrt() * standard_normal(x_t, generator), (t, x0_hat)
     return x_t, planes
@@ -584,8 +584,8 @@ def reconstruct(model, images, poses=None, t_r=0, steps=None, seed=0):
     """Images (B, 3, S, S) in [-1, 1] -> planes, which `model.render` shows from anywhere.
 
     t_r = 0 encodes the picture as it is. With t_r up to T it is noised to level t_r and denoised
-    in `steps` (None: 50 for all of T), which moves it towards the training set's, and loses what
-    the noise hides; by poses (B, 4, 4), found where None. ValueError for a t_r outside 0..T.
+    through poses (B, 4, 4) (None: found) in `steps` (None: 50 for all of T): the more noise, the
+    more it is like the training set, and the less like itself. ValueError for a t_r outside 0..T.
     """
     T = model.config.timesteps
     if t_r not in range(T + 1):         # NaN is not, 300.0 is
@@ -604,8 +604,8 @@ def reconstruct(model, images, poses=None, t_r=0, steps=None, seed=0):
 def repaint_schedule(steps, jump_length, jump_n_sample):
     """RePaint's walk over noise levels (Lugmayr et al. 2022, released code): a list of indices.
 
-    From steps - 1 down to -1 by ones, and after every `jump_length` of them back up again,
-    `jump_n_sample` - 1 times at each place. Index i is the state at level i + 1; -1 is clean.
+    Indices count noisy states, -1 is clean. From steps - 1 down to -1; at each multiple of
+    `jump_length` up by as much and down again, where there is room, `jump_n_sample` - 1 times.
     """
     if min(steps, jump_length, jump_n_sample) < 1:
         raise ValueError("steps, jump_length and jump_n_sample must be at least 1")
@@ -619,8 +619,8 @@ def repaint_schedule(steps, jump_length, jump_n_sample):
 
 
 def guidance_gradient(model, x_t, t, poses, images, known):
-    """x0_hat (B, 3, S, S), and the gradient by x_t of how far it is from the images where these are
-    known (B, 1, S, S): what Chung et al. 2023, algorithm 1, goes down."""
+    """x0_hat (B, 3, S, S), and the gradient in x_t of its distance from the images over the pixels
+    that are known (B, 1, S, S): as in Chung et al. 2023, algorithm 1."""
     with torch.inference_mode(False), torch.enable_grad():
         x_t, poses, images, known = (x.clone() for x in (x_t, poses, images, known))
         x_t.requires_grad_()
@@ -638,8 +638,8 @@ def inpaint(model, images, masks, poses=None, steps=20, jump_length=5, jump_n_sa
     RePaint (Lugmayr et al. 2022, algorithm 1) as its code has it: before each step down, the known
     pixels are set to the picture noised to the level of x_t; each jump up noises everything. (The
     paper's line 5 misprints that noise's factor; it is sqrt(1 - alpha_bar).) Beyond RePaint, each
-    step also goes down `guidance` times a gradient, or else what fills a large hole ignores what is
-    round it. At the end the known pixels are put back, and this picture is encoded at t = 0. Poses
+    step down but the last subtracts `guidance` times a gradient, or else what fills a large hole
+    ignores what is round it. Then the known pixels are put back, and this picture is encoded. Poses
     (B, 4, 4) are found where None. ValueError for masks that do not fit, or hide nothing or all.
     """
     if masks.shape != (shape := (len(images), 1, *images.shape[2:])):
@@ -670,16 +670,16 @@ def inpaint(model, images, masks, poses=None, steps=20, jump_length=5, jump_n_sa
 # ---- Beyond the paper: the compass and the other side ------------------------------------------
 
 class Compass(nn.Module):
-    """Estimates a picture's azimuth: x_t (B, 3, S, S) -> its cosine and sine (B, 2).
+    """Estimates the azimuth of a picture's camera: x_t (B, 3, S, S) -> cosine and sine (B, 2).
 
     A picture shows an object's turn against the camera, a; planes need its turn in the world, a + b
     with b the camera's azimuth. cos(a + b) = cos a cos b - sin a sin b is made of products, which
     plain training does not find (results/README.md). So a small network estimates b, from light and
-    shadow, and scales and shifts the encoder's stages on the way up by it, as t does. They are told
-    not b but `fold` * b: with 4, cameras a quarter turn apart are the same to them. That is enough
-    to turn a box, and too little to know the camera's side and build a relief for it alone.
-    Taught by the squared error, it gives the mean over what the picture leaves open: a vector the
-    shorter, the less can be told. It sees the picture averaged down to 32.
+    shadow, and `fold` * b joins t in scaling and shifting the encoder's stages on the way up. With
+    4, cameras a quarter turn apart are the same to them: enough to turn a box, which has the same
+    symmetry, and too little to know the camera's side and build a relief for it alone.
+    Taught by the squared error, it gives the mean of the vectors that the picture allows: short
+    where it is unsure. It sees the picture averaged down to 32.
     """
 
     def __init__(self, config):
@@ -687,18 +687,18 @@ class Compass(nn.Module):
         self.config, self.schedule = config, NoiseSchedule(config.timesteps, config.schedule)
         self.side, layers = min(config.resolution, 32), []
         widths = [3, 32, 64, 128] if self.side == 32 else [3, 32, 64]          # down to 4 x 4
-        for a, b in zip(widths, widths[1:]):
-            layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU()]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(b, 2, 4))
+        for c_in, c in zip(widths, widths[1:]):
+            layers += [nn.Conv2d(c_in, c, 3, stride=2, padding=1), nn.GroupNorm(8, c), nn.SiLU()]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(c, 2, 4))
         self.turn = nn.Linear(2, 4 * config.unet_channels)
 
     def forward(self, x_t):
         return self.layers(F.adaptive_avg_pool2d(x_t, self.side))[:, :, 0, 0].float()
 
     def embed(self, x_t):
-        """What the encoder's stages on the way up are told: (B, 4 unet_channels). As a complex
-        number to the power `fold` the estimate has that many times the angle, and one that is
-        unsure, so short, is shorter still. Detached: the planes are not to bend it."""
+        """What joins the encoder's embedding of t on the way up: (B, 4 unet_channels). As a complex
+        number to the power `fold` the estimate has that many times the angle, and a short, unsure
+        one is shorter still. Detached: only `compass_loss` trains it."""
         c, s = x, y = self(x_t).detach().unbind(1)
         for _ in range(self.config.fold - 1):
             x, y = x * c - y * s, x * s + y * c
@@ -715,10 +715,10 @@ def compass_loss(compass, pictures, poses):
 
 @torch.no_grad()
 def from_another_side(ema, x0, poses, done=1.0):
-    """Pictures (B, 3, S, S) to be encoded, and their poses: x0, but in a share `other_side` of
-    them, from `other_side_from` of the training on, what the averaged model shows of the scene from
+    """What is encoded, (B, 3, S, S), and from where it is seen: x0, but for a share `other_side`,
+    from `other_side_from` of the training on, what the averaged model shows of that scene from
     another picture's camera. What is compared stays x0 at its own camera: so planes must hold where
-    the encoder did not look, and training still sees one view a scene."""
+    the encoder did not look, though each scene has one real view."""
     n = round(len(x0) * ema.config.other_side * (done >= ema.config.other_side_from))
     source, seen_from = x0.clone(), poses.clone()
     if n:

@@ -699,7 +699,8 @@ def test_one_picture_is_learnt_and_generated(tmp_path, seed):
 def saving_at_each_step(monkeypatch):
     """A clock that goes on two minutes at each look."""
     clock = itertools.count(0, 121)
-    monkeypatch.setattr(rd, "time", SimpleNamespace(time=lambda: next(clock)))
+    monkeypatch.setattr(rd, "time", SimpleNamespace(
+        time=lambda: next(clock), perf_counter=time.perf_counter))
 
 
 def test_an_interrupted_training_goes_on_as_if_nothing_had_been(monkeypatch, tmp_path):
@@ -739,7 +740,8 @@ def test_a_training_by_the_clock_keeps_the_time_it_had_used(monkeypatch, tmp_pat
         now[0] += 1
         return rd.denoising_loss(*arguments)
     now = [0.0]
-    monkeypatch.setattr(rd, "time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(rd, "time", SimpleNamespace(
+        time=lambda: now[0], perf_counter=time.perf_counter))
     for minutes, resume, steps in (0.05, False, 3), (0.1, True, 6):
         train(tiny(minutes=minutes, resume=resume, out=str(tmp_path)), loss)
         state = torch.load(tmp_path / "clevr1.pt", weights_only=True)
