@@ -433,7 +433,8 @@ def read_views(path, all_scenes, split, shots_of, scale, background=(1.0, 1.0, 1
              for i, (some, count) in enumerate(zip(shots, counts)) for k in range(V)]
     half = float(np.min([shot.half for shot in shots], initial=1e9))    # NaN where any is
     if not 5e-4 <= half <= 5e2:
-        raise ValueError(f"{path} has a focal length of {0.5 / half:.4g} widths, not 0.001 to 1000")
+        focal = 0.5 / (half or 1e-9)
+        raise ValueError(f"{path} has a focal length of {focal:.4g} widths, not 0.001 to 1000")
     poses, images = zip(*parallel(lambda shot: read_shot(
         shot, half, scale, resolution, background), shots, "pictures"))
     images = torch.from_numpy(np.stack(images)).float().div_(127.5).sub_(1)     # in place: many
@@ -441,10 +442,11 @@ def read_views(path, all_scenes, split, shots_of, scale, background=(1.0, 1.0, 1
     x, y, z = (-poses[:, :3, 3:] * poses[:, :3, :3]).sum(1).T       # the origin, from the cameras
     for right, what in (
             (torch.maximum(x.abs(), y.abs()) < half * z, "the origin is in view"),
-            ((poses[:, 2, 0].abs() < 0.35) & (poses[:, 2, 1] < 0.35), "z is up")):
+            ((poses[:, 2, 0].abs() < 0.35) & (poses[:, 2, 1] < 0.35), "z is up"),
+            ((0.3 < half * z) & (half * z < 3), "the cube fills the view")):
         if right.sum() < len(right) / 2:
-            print(f"{path}: in {right.sum()} of {len(right)} pictures {what}: other axes?",
-                  file=sys.stderr)
+            print(f"{path}: in {right.sum()} of {len(right)} pictures {what}: other axes "
+                  "or units?", file=sys.stderr)
     return Views(images.unflatten(0, (-1, V)), poses.unflatten(0, (-1, V)), 0.5 / half,
                  torch.tensor(background), Path(path).name, scale, None, held_out).to(device)
 

@@ -572,7 +572,7 @@ def generate(model, poses, steps=20, eta=0.0, seed=0):
     """New scenes: poses (B, 4, 4), through which they are denoised -> images (B, 3, S, S), planes.
     eta = 1: Ho et al. 2020, algorithm 2, in `steps` of T; eta = 0: no fresh noise."""
     S, generator = model.config.resolution, torch.Generator().manual_seed(seed)
-    poses = poses.to(model.background).reshape(-1, 4, 4)
+    poses = poses.to(model.background).reshape(-1, *poses.shape[-2:])
     x_T = standard_normal(poses.new_empty(len(poses), 3, S, S), generator)
     return denoise(model, x_T, poses, noise_levels(model.schedule, steps), eta, generator)
 
@@ -802,14 +802,19 @@ VERSION, SHIPPED = 2, Path(__file__).resolve().parent / "checkpoints"
 
 
 def check_config(config):
-    """ValueError, one sentence, for the first field of a dataclass that is out of its range."""
+    """ValueError, one sentence, for the first field of a dataclass that is out of its range. A Path
+    or numpy's number becomes what its field says, or no checkpoint with it would load."""
     for field in dataclasses.fields(config):
         limits, value = field.metadata or option(0, "", -1e9).metadata, getattr(config, field.name)
         _, least, most, among = limits.values()
         numbers = [] if value is None or field.type is str else np.ravel(value)
-        if not all(least <= n <= most for n in numbers) or value not in (among or [value]):
+        whole = field.type is int
+        if (not all(least <= n <= most and not (whole and n % 1) for n in numbers)
+                or value not in (among or [value])):
             wanted = f"one of {among}" if among else f"from {least:g} to {most:g}"
             raise ValueError(f"{field.name} must be {wanted}, not {value!r}")
+        if value is not None and field.type in (str, int, float):
+            setattr(config, field.name, field.type(value))
     if getattr(config, "unet_channels", 0) % 16:
         raise ValueError(f"unet_channels must be a multiple of 16, not {config.unet_channels}")
 
@@ -1119,6 +1124,20 @@ def save_ply(path, points, normals, colors):
 
 # ---- Command line ------------------------------------------------------------------------------
 
+def usual_steps(model):
+    """How many noise levels a command goes down where none are asked for."""
+    return min(20, model.config.timesteps)
+
+
+def held_out_views(model, args, scenes, views, spec=None):
+    """`Views` of --data, or else of the model's own set; stderr says where training had these."""
+    found = load(spec or model.config.data, scenes, views, model.config.resolution, "test",
+                 args.seed, model.background.device)
+    if not (spec or found.held_out):
+        print(f"{model.config.data}: nothing is held out, so training had these", file=sys.stderr)
+    return found
+
+
 def input_pictures(model, args, masks=None):
     """A picture file with its camera, given or found, or scenes that training never saw -> lists of
     images (B, 3, S, S) and of poses (B, 4, 4): of the input, and of the scenes' other views."""
@@ -1126,7 +1145,7 @@ def input_pictures(model, args, masks=None):
     if camera != (None, None) and None in (*camera, args.image):
         raise ValueError("a camera is --azimuth and --elevation of an --image: give all three")
     if args.image is None:
-        views = load(config.data, args.count, 5, config.resolution, "test", args.seed, device)
+        views = held_out_views(model, args, args.count, 5)
         return views.images.unbind(1), views.poses.unbind(1)
     images = read_image(args.image, config.resolution, config.background, args.fit)[None].to(device)
     if args.azimuth is not None:
@@ -1141,7 +1160,7 @@ def input_pictures(model, args, masks=None):
 def run_generate(model, args):
     """New scenes, each seen from four more sides."""
     poses = turn_poses(model, 0, args.count)
-    _, planes = generate(model, poses, args.steps or 20, args.eta, args.seed)
+    _, planes = generate(model, poses, args.steps or usual_steps(model), args.eta, args.seed)
     return {"generated": show(model, planes, poses)[0]} | views_around(model, planes, poses), planes
 
 
@@ -1170,7 +1189,8 @@ def run_inpaint(model, args):
     masks = mask.to(images).expand(len(images), 1, S, S)
     rows = {"input": images, "hidden in part": images * masks - 0.5 * (1 - masks)}
     for k in range(args.fillings):
-        filled, planes = inpaint(model, images, masks, poses, args.steps or 20, seed=args.seed + k)
+        filled, planes = inpaint(model, images, masks, poses, args.steps or usual_steps(model),
+                                 seed=args.seed + k)
         mark = f"filling {k + 1}" if args.fillings > 1 else "filled"
         rows |= {mark: filled} | {f"{mark}, turned by {a}°": show(model, planes, poses, a)[0]
                                   for a in (40, 160)}
@@ -1198,21 +1218,22 @@ def run_export(model, args):
     """Scenes, generated or from a picture, as coloured point clouds for Blender or MeshLab."""
     config = model.config
     if args.image is None:
-        _, planes = generate(model, turn_poses(model, 0, args.count), seed=args.seed)
+        poses = turn_poses(model, 0, args.count)
+        _, planes = generate(model, poses, usual_steps(model), seed=args.seed)
     else:
         image = read_image(args.image, config.resolution, config.background, args.fit)
         planes = reconstruct(model, image[None].to(model.background.device))
     poses = torch.cat([orbit(torch.arange(0, 360, 30.0), elevation, config.radius)
                        for elevation in (-20.0, 20.0, 60.0)])
     for i, scene in enumerate(planes.split(1), 1):
-        save_ply(path := Path(args.out) / f"export_{i}.ply", *surface_points(model, scene, poses))
-        print(f"wrote {path}")
+        points, *more = surface_points(model, scene, poses)
+        save_ply(path := Path(args.out) / f"export_{i}.ply", points, *more)
+        print(f"wrote {path}, {len(points):,} points")
 
 
 def run_evaluate(model, args):
     """PSNR and SSIM of reconstructions of held-out scenes, beside what needs no 3D."""
-    views = load(args.data or model.config.data, args.scenes, args.views, model.config.resolution,
-                 "test", args.seed, model.background.device)
+    views = held_out_views(model, args, args.scenes, args.views, args.data)
     for t_r in args.t_r:
         print(f"t_r = {t_r}")
         for key, score in evaluate(model, views, t_r).items():
@@ -1299,7 +1320,8 @@ def main(argv=None):
             return run_train(typed)
         args = Options(**typed)
         check_config(args)
-        writable(args.out)
+        if command != "evaluate":
+            writable(args.out)
         model = load_checkpoint(args.checkpoint, pick_device(args.device))
         if made := COMMANDS[command][0](model, args):           # rows of pictures, and planes
             finish(model, args.out, command, *made)

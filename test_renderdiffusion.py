@@ -553,6 +553,8 @@ def test_poses_of_any_kind_and_inference_mode_change_nothing():
     one, both = everything(PAIR[0]), everything(PAIR[[0, 0]])
     assert all(map(torch.equal, one[:4], both[:4]))
     assert torch.equal(one[4], generate(model, PAIR[:1], 3)[0])
+    with pytest.raises(RuntimeError):           # four cameras without their last row are not three
+        generate(model, PAIR[[0, 1, 0, 1], :3], 3)
 
 
 # Training ---------------------------------------------------------------------------------------
@@ -1131,6 +1133,17 @@ class Hostile:
         return os.mkdir, (str(self.path),)
 
 
+def test_a_config_of_paths_and_numpys_numbers_loads_again(tmp_path):
+    """They are what pickle cannot give back safely; a part of a picture is no batch."""
+    model = tiny_model(seed=np.int64(3), lr=np.float64(0.1), data=Path("clevr1"))
+    save_checkpoint(tmp_path / "a.pt", model)
+    config = load_checkpoint(tmp_path / "a.pt").config
+    assert config == replace(model.config, device="auto", out="out")
+    assert [type(x) for x in (config.seed, config.lr, config.data)] == [int, float, str]
+    with pytest.raises(ValueError, match="batch must be from 1 to 1e.06, not 2.5"):
+        tiny(batch=2.5)
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_spoilt_foreign_and_hostile_checkpoints_are_refused(trained, tmp_path):
     """With the file's name; nothing in them is run; version 1 is named."""
@@ -1360,6 +1373,19 @@ def test_each_command_runs_and_names_what_it_wrote(command, desk, capsys):
     for path in written:
         assert path.suffix in (".csv", ".png") and command == "train" or str(path) in said
         assert path.suffix != ".gif" or Image.open(path).n_frames > 8
+
+
+def test_commands_suit_models_of_few_levels_and_sets_without_a_test_split(monkeypatch, capsys):
+    """Three noise levels are three steps; and pictures of the training are not held-out ones."""
+    model, args = tiny_model(timesteps=3), SimpleNamespace(count=2, steps=None, eta=0.0, seed=0)
+    rows, planes = rd.run_generate(model, args)
+    assert len(planes) == 2 and planes.isfinite().all()
+    for held_out in (True, False):
+        monkeypatch.setattr(rd, "load", lambda *_: SimpleNamespace(held_out=held_out))
+        for spec in ("cars", None):
+            rd.held_out_views(model, args, 2, 2, spec)
+            said = "nothing is held out, so training had these" in capsys.readouterr().err
+            assert said == (not held_out and spec is None)
 
 
 @pytest.mark.parametrize("line", [

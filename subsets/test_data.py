@@ -578,8 +578,19 @@ def test_scenes_with_fewer_views_and_cameras_that_look_away(tmp_path, capsys):
             np.savetxt(file, pose @ FLIP if blender else Y_UP @ pose)
         load(scene, resolution=8)
         said = capsys.readouterr().err
-        assert ("in 0 of 3 pictures the origin is in view: other axes?" in said) == blender
-        assert " pictures z is up: other axes?" in said
+        assert ("in 0 of 3 pictures the origin is in view: other axes or units?" in said) == blender
+        assert " pictures z is up: other axes or units?" in said
+
+
+def test_a_focal_length_in_pixels_and_a_scene_in_other_units_are_told(tmp_path, capsys):
+    """The cube is much smaller than the view, or much larger."""
+    poses, far = cameras(2, 2), cameras(2, 2)
+    far[..., :3, 3] *= 10
+    for arrays, told in ((npz(poses), False), (npz(poses, 51.2), True), (npz(far), True)):
+        np.savez(tmp_path / "a.npz", **arrays)
+        load(tmp_path / "a.npz", resolution=8)
+        said = capsys.readouterr().err
+        assert ("0 of 4 pictures the cube fills the view: other axes or units?" in said) == told
 
 
 # .npz and CLEVR's layouts -------------------------------------------------------------------------
@@ -750,6 +761,7 @@ BAD = [
     (nmr_without_a_camera, "train9 is not as expected: .*camera_mat_1"),
     (lambda folder: save(folder / "softras_val.lst", "not_downloaded\n"), "no scenes in"),
     (arrays(focal=np.nan), "a focal length of nan widths"), (arrays(focal=1e9), "focal length"),
+    (arrays(focal=np.inf), "a focal length of inf widths|a focal length of 5e.08 widths"),
     (arrays(background=np.zeros(3)), "background uint8"),
     (arrays(poses=np.array([{}])), "pickle"),
     (arrays(images=np.zeros((2, 3, 8, 8, 3), np.uint8)), "a.npz is .* only 8 x 8"),
