@@ -1226,9 +1226,8 @@ def run_export(model, args):
     poses = torch.cat([orbit(torch.arange(0, 360, 30.0), elevation, config.radius)
                        for elevation in (-20.0, 20.0, 60.0)])
     for i, scene in enumerate(planes.split(1), 1):
-        points, *more = surface_points(model, scene, poses)
-        save_ply(path := Path(args.out) / f"export_{i}.ply", points, *more)
-        print(f"wrote {path}, {len(points):,} points")
+        save_ply(path := Path(args.out) / f"export_{i}.ply", *surface_points(model, scene, poses))
+        print(f"wrote {path}")
 
 
 def run_evaluate(model, args):
