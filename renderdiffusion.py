@@ -478,8 +478,9 @@ def train(config, loss=denoising_loss):
     FloatingPointError when loss or weights are no longer finite.
     """
     path, device = training_path(config), pick_device(config.device)
-    if path.exists() and not config.resume:
-        raise ValueError(f"{path} is there: go on with it by --resume, or give another --out")
+    there = [p for kind in (".pt", ".csv", ".png") if (p := path.with_suffix(kind)).exists()]
+    if there and not config.resume:
+        raise ValueError(f"{there[0]} is there: go on with it by --resume, or give another --out")
     writable(path.parent)
     rank, world = join_processes(device)
     draw, cameras = training_pictures(config, device, rank, world)
@@ -587,7 +588,7 @@ def reconstruct(model, images, poses=None, t_r=0, steps=None, seed=0):
     through poses (B, 4, 4) (None: found) in `steps` (None: 50 for all of T): the more noise, the
     more it is like the training set, and the less like itself. ValueError for a t_r outside 0..T.
     """
-    T = model.config.timesteps
+    images, T = in_range(images), model.config.timesteps
     if t_r not in range(T + 1):         # NaN is not, 300.0 is
         raise ValueError(f"t_r must be a whole number from 0 to {T}, not {t_r}")
     if (t_r := int(t_r)) == 0:
@@ -644,7 +645,7 @@ def inpaint(model, images, masks, poses=None, steps=20, jump_length=5, jump_n_sa
     """
     if masks.shape != (shape := (len(images), 1, *images.shape[2:])):
         raise ValueError(f"masks must be {shape} to fit the images, not {tuple(masks.shape)}")
-    known = (masks > 0.5).to(images)
+    known = (masks > 0.5).to(in_range(images))
     if any(share in (0, 1) for share in known.mean((1, 2, 3)).tolist()):
         raise ValueError("a mask must hide a part of the picture: 1 is known, 0 is to be filled")
     schedule, generator = model.schedule, torch.Generator().manual_seed(seed)
@@ -662,8 +663,7 @@ def inpaint(model, images, masks, poses=None, steps=20, jump_length=5, jump_n_sa
             x0_hat, gradient = guidance_gradient(model, x, t, poses, images, known)
             mean, variance = schedule.posterior(x0_hat.clamp(-1, 1), x, t, s)
             x = mean + variance.sqrt() * standard_normal(x, generator) - guidance * gradient
-    x0_hat, _, _ = model.render(model.encode(x, t), poses)
-    x = known * images + (1 - known) * x0_hat.clamp(-1, 1)
+    x = known * images + (1 - known) * model.render(model.encode(x, t), poses)[0].clamp(-1, 1)
     return x, model.encode(x, 0)
 
 
@@ -732,6 +732,13 @@ def from_another_side(ema, x0, poses, done=1.0):
 def to_unit(images):
     """[-1, 1] -> [0, 1], cut off."""
     return (images / 2 + 0.5).clamp(0, 1)
+
+
+def in_range(images):
+    """The images themselves; ValueError where they cannot be pictures in [-1, 1]."""
+    if not (images.abs() <= 1.01).all():            # NaN, too
+        raise ValueError("images must be in [-1, 1], as float")
+    return images
 
 
 def psnr(a, b):
@@ -1321,6 +1328,8 @@ def main(argv=None):
         check_config(args)
         if command != "evaluate":
             writable(args.out)
+        if args.image and Path(args.image).resolve() == Path(args.out, f"{command}.png").resolve():
+            raise ValueError(f"the result would replace {args.image}: give another --out")
         model = load_checkpoint(args.checkpoint, pick_device(args.device))
         if made := COMMANDS[command][0](model, args):           # rows of pictures, and planes
             finish(model, args.out, command, *made)

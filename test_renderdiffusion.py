@@ -1002,6 +1002,8 @@ REFUSED = [     # a call, and the word that its sentence must have
         (1, 16, 16), (2, 3, 16, 16), (2, 1, 8, 8), (1, 1, 16, 16))),
     *((lambda v=v: inpaint(Greys(), BLACK, torch.full((2, 1, 16, 16), v), PAIR), "hide a part")
       for v in (0.0, 1.0)),
+    *((lambda v=v, f=f: f(Greys(), BLACK + v, BLACK[:, :1]), r"must be in \[-1, 1\]")
+      for v in (1.5, math.nan) for f in (reconstruct, inpaint)),
     *((lambda s=s: repaint_schedule(*s), "at least 1") for s in ((0, 5, 5), (9, 0, 5), (9, 5, 0))),
     (lambda: rd.resume(rd.SHIPPED / "cars.pt", None, None, None), "weights alone: .* --init"),
     (lambda: NoiseSchedule(0), "at least 1 step"), (lambda: NoiseSchedule(9, "square"), "square")]
@@ -1322,7 +1324,7 @@ def desk(trained, tmp_path, monkeypatch):
     for name, content in {
             "tiny.pt": weights, "half.pt": weights[:9999], "text.png": b"words", "empty.png": b"",
             "out/clevr1.pt": weights, "out/generate.png": b"old", "out/generate.gif": b"old",
-            "out/reconstruct.png": b"old", "out/inpaint.png": b"old"}.items():
+            "out/reconstruct.png": b"old", "out/inpaint.png": b"old", "out/cubes.csv": b""}.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "loop.png").symlink_to("loop.png")
     monkeypatch.chdir(tmp_path)
@@ -1442,7 +1444,7 @@ BAD_LINES = """
     reconstruct --image photo.png --fit squeeze: fit | reconstruct --count 0: count
     inpaint --image photo.png --mask wide.png: wide.png | inpaint --fillings 0: fillings
     inpaint --image photo.png --mask white.png: mask
-    inpaint --image photo.png --mask black.png: mask
+    inpaint --image photo.png --mask black.png: mask | inpaint --image out/inpaint.png: --out
     inpaint --image photo.png --mask text.png: text.png | inpaint --steps 0: steps
     inpaint --image photo.png --mask nowhere.png: nowhere.png | evaluate --data boats: boats
     evaluate --scenes 0: scenes | evaluate --views 1: views | evaluate --t-r -1: t_r
@@ -1455,7 +1457,7 @@ BAD_LINES = """
     WORLD_SIZE=2 train --out new: RANK | train --init nowhere.pt --out new: nowhere.pt
     train --init half.pt --out new: half.pt | train --init tiny.pt --resume: give one
     train --init tiny.pt --fold 0 --out new: fold
-    train --init tiny.pt --resolution 32 --out new: resolution = 16"""
+    train --init tiny.pt --resolution 32 --out new: resolution = 16 | train --data cubes: csv"""
 
 
 @pytest.mark.parametrize("pair", re.split(r" \| |\n +", BAD_LINES.strip("\n ")))

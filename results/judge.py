@@ -211,15 +211,16 @@ def scenes_to_judge(model, count):
 def pictures_of(model, views, seed=0):
     """Two dicts, by kind: pictures (2N, 3, S, S), and solidness (N,), which real ones have not.
 
-    Reconstructions start from a third side of the scene and generated scenes are denoised from
-    there, so that both sides are novel views.
+    Reconstructions start from a third side of the scene, and generated scenes are denoised through
+    the cameras that the command `generate` has, so that both sides are novel views.
     """
     shown, solid = {"real": [views.images[:, :2].flatten(0, 1)]}, {}
     ground, starts = GROUND.get(model.config.data, -1.0), range(0, len(views), 16)
     for i in progress(starts, len(starts), "sixteen scenes of each kind"):
         images, poses = views[i:i + 16].images[:, 2], views[i:i + 16].poses
+        cameras = rd.turn_poses(model, 0, len(poses))
         made = {"reconstructed": rd.reconstruct(model, images),
-                "generated": rd.generate(model, poses[:, 2], seed=seed + i)[1]}
+                "generated": rd.generate(model, cameras, seed=seed + i)[1]}
         for kind, planes in made.items():
             both = [model.render(planes, poses[:, v])[0] for v in (0, 1)]
             shown.setdefault(kind, []).append(torch.stack(both, 1).flatten(0, 1))
