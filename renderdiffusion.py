@@ -478,7 +478,7 @@ def train(config, loss=denoising_loss):
     FloatingPointError when loss or weights are no longer finite.
     """
     path, device = training_path(config), pick_device(config.device)
-    there = [p for kind in (".pt", ".csv", ".png") if (p := path.with_suffix(kind)).exists()]
+    there = [p for kind in (".pt", ".csv", ".png") if (p := path.with_suffix(kind)).is_file()]
     if there and not config.resume:
         raise ValueError(f"{there[0]} is there: go on with it by --resume, or give another --out")
     writable(path.parent)

@@ -42,7 +42,7 @@ def test_orbit_looks_at_its_target():
     model = SimpleNamespace(config=SimpleNamespace(elevation=(20.0, 50.0), radius=2.7),
                             background=torch.zeros(3))
     assert torch.allclose(data.turn_poses(model, 45, 4),
-                          orbit(torch.tensor([45.0, 135, 225, 315]), 35, 2.7), atol=1e-6)
+                          orbit(torch.tensor([45.0, 135, 225, 315]), 27.5, 2.7), atol=1e-6)
 
 
 def test_rays_agree_with_a_pinhole_projection():
