@@ -61,8 +61,9 @@ def camera_rays(poses, focal, resolution):
 
 
 def turn_poses(model, azimuth, count):
-    """Poses (count, 4, 4) round a model's scene from `azimuth` (degrees) on, a quarter up its
-    cameras' range: scenes denoised from higher turn out too round (results/README.md)."""
+    """Poses (count, 4, 4) to look from and to denoise through: round a model's scene from `azimuth`
+    (degrees) on, a quarter up its cameras' range; from higher, too few cubes (results/README.md).
+    """
     azimuths = azimuth + torch.arange(count, device=model.background.device) * 360 / count
     low, high = model.config.elevation
     return orbit(azimuths, low + (high - low) / 4, model.config.radius)

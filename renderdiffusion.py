@@ -472,15 +472,15 @@ def update_average(ema, model, step, decay=0.999):
 def train(config, loss=denoising_loss):
     """Train from single posed pictures -> the averaged model, in eval mode.
 
-    Writes OUT/DATA.pt at the start and every two minutes, never over another training's; `resume`
-    goes on from it after Ctrl-C or a crash. Under torchrun each process has scenes of its own and
+    Writes OUT/DATA.pt, .csv and .png every two minutes, never over another training's; `resume`
+    goes on after Ctrl-C or a crash. Under torchrun each process has scenes of its own and
     gradients are averaged. ValueError or OSError for what cannot be trained or written,
     FloatingPointError when loss or weights are no longer finite.
     """
     path, device = training_path(config), pick_device(config.device)
     there = [p for kind in (".pt", ".csv", ".png") if (p := path.with_suffix(kind)).is_file()]
     if there and not config.resume:
-        raise ValueError(f"{there[0]} is there: go on with it by --resume, or give another --out")
+        raise ValueError(f"{there[0]} is there: go on with it by --resume (.pt), or change --out")
     writable(path.parent)
     rank, world = join_processes(device)
     draw, cameras = training_pictures(config, device, rank, world)
@@ -586,7 +586,7 @@ def reconstruct(model, images, poses=None, t_r=0, steps=None, seed=0):
 
     t_r = 0 encodes the picture as it is. With t_r up to T it is noised to level t_r and denoised
     through poses (B, 4, 4) (None: found) in `steps` (None: 50 for all of T): the more noise, the
-    more it is like the training set, and the less like itself. ValueError for a t_r outside 0..T.
+    more it is like the training set, and the less like itself. ValueError for other images or t_r.
     """
     images, T = in_range(images), model.config.timesteps
     if t_r not in range(T + 1):         # NaN is not, 300.0 is
@@ -634,14 +634,14 @@ def guidance_gradient(model, x_t, t, poses, images, known):
 @torch.no_grad()
 def inpaint(model, images, masks, poses=None, steps=20, jump_length=5, jump_n_sample=2, seed=0,
             guidance=4.0):
-    """Fill images (B, 3, S, S) where masks (B, 1, S, S) are 0 -> images, planes.
+    """Fill images (B, 3, S, S) in [-1, 1] where masks (B, 1, S, S) are 0 -> images, planes.
 
     RePaint (Lugmayr et al. 2022, algorithm 1) as its code has it: before each step down, the known
     pixels are set to the picture noised to the level of x_t; each jump up noises everything. (The
     paper's line 5 misprints that noise's factor; it is sqrt(1 - alpha_bar).) Beyond RePaint, each
     step down but the last subtracts `guidance` times a gradient, or else what fills a large hole
     ignores what is round it. Then the known pixels are put back, and this picture is encoded. Poses
-    (B, 4, 4) are found where None. ValueError for masks that do not fit, or hide nothing or all.
+    (B, 4, 4) are found where None. ValueError for images or masks that do not fit, or hide no part.
     """
     if masks.shape != (shape := (len(images), 1, *images.shape[2:])):
         raise ValueError(f"masks must be {shape} to fit the images, not {tuple(masks.shape)}")
@@ -735,9 +735,9 @@ def to_unit(images):
 
 
 def in_range(images):
-    """The images themselves; ValueError where they cannot be pictures in [-1, 1]."""
+    """The images; ValueError for what is not finite and, but for rounding, in [-1, 1]."""
     if not (images.abs() <= 1.01).all():            # NaN, too
-        raise ValueError("images must be in [-1, 1], as float")
+        raise ValueError("images must be in [-1, 1], and finite")
     return images
 
 
@@ -1328,8 +1328,10 @@ def main(argv=None):
         check_config(args)
         if command != "evaluate":
             writable(args.out)
-        if args.image and Path(args.image).resolve() == Path(args.out, f"{command}.png").resolve():
-            raise ValueError(f"the result would replace {args.image}: give another --out")
+        for given in filter(None, (args.image, args.mask)):
+            for made in (Path(args.out, command + kind) for kind in (".png", ".gif")):
+                if made.exists() and made.samefile(given):
+                    raise ValueError(f"the result would replace {given}: give another --out")
         model = load_checkpoint(args.checkpoint, pick_device(args.device))
         if made := COMMANDS[command][0](model, args):           # rows of pictures, and planes
             finish(model, args.out, command, *made)

@@ -1431,7 +1431,7 @@ BAD_LINES = """
     generate --steps 1001: steps | generate --eta nan: eta | generate --eta -1: eta
     generate --eta 2: eta | generate --seed 99999999999999999999999: seed
     generate --count 5000: count | generate --device abacus: abacus
-    generate --device privateuseone: privateuseone
+    generate --device privateuseone: privateuseone | reconstruct --image loop.png: loop.png
     generate --out photo.png: photo.png | generate --out photo.png/in: photo.png
     generate --out loop.png: loop.png | generate --out /proc/none: /proc/none
     reconstruct --image nowhere.png: nowhere.png | reconstruct --image text.png: text.png
@@ -1443,8 +1443,8 @@ BAD_LINES = """
     reconstruct --image photo.png --azimuth 10 --elevation inf: elevation
     reconstruct --image photo.png --fit squeeze: fit | reconstruct --count 0: count
     inpaint --image photo.png --mask wide.png: wide.png | inpaint --fillings 0: fillings
-    inpaint --image photo.png --mask white.png: mask
-    inpaint --image photo.png --mask black.png: mask | inpaint --image out/inpaint.png: --out
+    inpaint --image photo.png --mask white.png: mask | inpaint --mask out/inpaint.png: --out
+    inpaint --image photo.png --mask black.png: mask | inpaint --image out/../out/inpaint.png: --out
     inpaint --image photo.png --mask text.png: text.png | inpaint --steps 0: steps
     inpaint --image photo.png --mask nowhere.png: nowhere.png | evaluate --data boats: boats
     evaluate --scenes 0: scenes | evaluate --views 1: views | evaluate --t-r -1: t_r
