@@ -62,7 +62,7 @@ def camera_rays(poses, focal, resolution):
 
 def turn_poses(model, azimuth, count):
     """Poses (count, 4, 4) to look from and to denoise through: round a model's scene from `azimuth`
-    (degrees) on, a quarter up its cameras' range; from higher, too few cubes (results/README.md).
+    (degrees) on, a quarter up its cameras' range; from higher, spheres prevail (results/README.md).
     """
     azimuths = azimuth + torch.arange(count, device=model.background.device) * 360 / count
     low, high = model.config.elevation

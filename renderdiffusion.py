@@ -472,9 +472,9 @@ def update_average(ema, model, step, decay=0.999):
 def train(config, loss=denoising_loss):
     """Train from single posed pictures -> the averaged model, in eval mode.
 
-    Writes OUT/DATA.pt, .csv and .png every two minutes, never over another training's; `resume`
-    goes on after Ctrl-C or a crash. Under torchrun each process has scenes of its own and
-    gradients are averaged. ValueError or OSError for what cannot be trained or written,
+    Writes OUT/DATA.pt at the start and, with .csv and .png, every two minutes, never over another
+    training's; `resume` goes on after Ctrl-C or a crash. Under torchrun each process has scenes of
+    its own and gradients are averaged. ValueError or OSError for what cannot be trained or written,
     FloatingPointError when loss or weights are no longer finite.
     """
     path, device = training_path(config), pick_device(config.device)
@@ -641,7 +641,7 @@ def inpaint(model, images, masks, poses=None, steps=20, jump_length=5, jump_n_sa
     paper's line 5 misprints that noise's factor; it is sqrt(1 - alpha_bar).) Beyond RePaint, each
     step down but the last subtracts `guidance` times a gradient, or else what fills a large hole
     ignores what is round it. Then the known pixels are put back, and this picture is encoded. Poses
-    (B, 4, 4) are found where None. ValueError for images or masks that do not fit, or hide no part.
+    (B, 4, 4) are found if None. ValueError for images or masks that do not fit or hide none or all.
     """
     if masks.shape != (shape := (len(images), 1, *images.shape[2:])):
         raise ValueError(f"masks must be {shape} to fit the images, not {tuple(masks.shape)}")

@@ -1321,11 +1321,11 @@ def desk(trained, tmp_path, monkeypatch):
                           ("white", pixels * 0 + 255), ("black", pixels * 0)):
         Image.fromarray(content.astype(np.uint8)).save(tmp_path / f"{name}.png")
     (tmp_path / "out").mkdir()
-    for name, content in {
-            "tiny.pt": weights, "half.pt": weights[:9999], "text.png": b"words", "empty.png": b"",
-            "out/clevr1.pt": weights, "out/generate.png": b"old", "out/generate.gif": b"old",
-            "out/reconstruct.png": b"old", "out/inpaint.png": b"old", "out/cubes.csv": b""}.items():
+    for name, content in {"tiny.pt": weights, "half.pt": weights[:9999], "text.png": b"words",
+                          "empty.png": b"", "out/clevr1.pt": weights, "out/cubes.csv": b""}.items():
         (tmp_path / name).write_bytes(content)
+    for name in ("generate.png", "generate.gif", "reconstruct.png", "inpaint.png", "inpaint.gif"):
+        (tmp_path / "out" / name).write_bytes(b"old")
     (tmp_path / "loop.png").symlink_to("loop.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rd, "show", lambda model, planes, poses, angle=0: model.render(
@@ -1444,7 +1444,7 @@ BAD_LINES = """
     reconstruct --image photo.png --fit squeeze: fit | reconstruct --count 0: count
     inpaint --image photo.png --mask wide.png: wide.png | inpaint --fillings 0: fillings
     inpaint --image photo.png --mask white.png: mask | inpaint --mask out/inpaint.png: --out
-    inpaint --image photo.png --mask black.png: mask | inpaint --image out/../out/inpaint.png: --out
+    inpaint --image photo.png --mask black.png: mask | inpaint --image out/../out/inpaint.gif: --out
     inpaint --image photo.png --mask text.png: text.png | inpaint --steps 0: steps
     inpaint --image photo.png --mask nowhere.png: nowhere.png | evaluate --data boats: boats
     evaluate --scenes 0: scenes | evaluate --views 1: views | evaluate --t-r -1: t_r
